@@ -1,0 +1,48 @@
+"""ruvltra-edge: routes developer tasks to agents and embeds text, locally and offline.
+
+>>> from edge import Router
+>>> Router.load().route("Fix the null pointer in the login handler").agent
+'debugger'
+"""
+
+from edge.agents import Agent, load_agents
+from edge.bundle import Bundle
+from edge.encoder import Encoder
+from edge.errors import (
+    AgentError,
+    BackendError,
+    BundleError,
+    ChecksumError,
+    EdgeError,
+    InputError,
+    ManifestError,
+    MissingExtra,
+    OutputError,
+    ProviderUnavailable,
+    VersionError,
+)
+from edge.router import STRATEGIES, Decision, Ranked, Router
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "STRATEGIES",
+    "Agent",
+    "AgentError",
+    "BackendError",
+    "Bundle",
+    "BundleError",
+    "ChecksumError",
+    "Decision",
+    "EdgeError",
+    "Encoder",
+    "InputError",
+    "ManifestError",
+    "MissingExtra",
+    "OutputError",
+    "ProviderUnavailable",
+    "Ranked",
+    "Router",
+    "VersionError",
+    "load_agents",
+]

@@ -1,0 +1,394 @@
+"""Bundles: one folder (or zip) that holds all a device needs, checked by hash before use.
+
+``bundle.json`` lists every other file with its size and sha256; ``bundle.json.sha256`` holds the
+digest of ``bundle.json`` in the format of the ``sha256sum`` tool. The JSON schema is
+``docs/bundle.schema.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.agents import Agent, agents_from_records
+from edge.errors import AgentError, BundleError, ChecksumError, ManifestError, VersionError
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+MANIFEST_DIGEST = "bundle.json.sha256"
+_MANIFEST_LIMIT = 16 * 1024 * 1024  # bytes; read before its hash is known
+_COPY_AGAIN = "Copy the bundle again from where it came from, or export it again."
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of the bundle: path relative to it, size in bytes, sha256."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How one strategy turns signals into probabilities.
+
+    The probability of agent a is the softmax of ``cosine * cos(task, prototype of a) + matched *
+    [a keyword of a occurs] + first * [a is the keyword rules' choice]``. One more term of the
+    softmax stands for "nobody": ``out_of_scope``, plus ``cosine * cos(task, out-of-scope
+    prototype)`` where the head has that prototype; it is left out if ``out_of_scope`` is None.
+    Below ``threshold`` the router abstains.
+    """
+
+    cosine: float
+    matched: float
+    first: float
+    out_of_scope: float | None
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One executable form of the encoder.
+
+    Attributes:
+        id: Name within the bundle, such as ``int8``.
+        runtime: ``onnx`` or ``coreml``.
+        model: The model file.
+        precision: How weights and activations are held.
+        minimum_cosine: Bound on the cosine to the fp32 vectors that the exporter enforced.
+        calibration: By ``trained`` (the bundle's own agents) or ``custom``, then by strategy.
+        calibrated_on: Name of the labelled data it was fitted on; None if it was not fitted, so
+            that confidences are no probabilities.
+        parity: The exporter's measurements.
+    """
+
+    id: str
+    runtime: str
+    model: File
+    precision: str
+    minimum_cosine: float
+    calibration: Mapping[str, Mapping[str, Calibration]]
+    calibrated_on: str | None
+    parity: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """What goes in and comes out of every variant."""
+
+    dim: int
+    max_length: int
+    pooling: str
+    normalised: bool
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Trained prototypes: (agents, dim) and (dim,) float32, unit length."""
+
+    prototypes: NDArray[np.float32]
+    out_of_scope: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """A text with its token ids and its fp32 unit vector, to prove a tokenizer and a model by."""
+
+    text: str
+    ids: tuple[int, ...]
+    vector: NDArray[np.float32]
+
+
+class Bundle:
+    """An opened bundle. All files but the models are already checked; a model is when it is read."""
+
+    def __init__(self, source: _Folder | _Zip) -> None:
+        self._source = source
+        self.path = source.path
+        raw = source.read(MANIFEST, None)
+        digest = source.read(MANIFEST_DIGEST, 256)
+        if digest != manifest_digest(raw):
+            raise ChecksumError(
+                f"{source.name(MANIFEST)}: does not match {MANIFEST_DIGEST}, so one of the two was changed or cut "
+                f"short. {_COPY_AGAIN}"
+            )
+        where = source.name(MANIFEST)
+        try:
+            document = json.loads(raw)
+        except ValueError as error:
+            raise ManifestError(f"{where}: not valid JSON ({error}). {_COPY_AGAIN}") from None
+        manifest = _Table(document, where)
+        version = manifest.integer("format")
+        if version != FORMAT:
+            raise VersionError(
+                f"{where}: format {version}, but this version reads format {FORMAT}. Update ruvltra-edge."
+            )
+        self.name = manifest.string("name")
+        self.version = manifest.string("version")
+        self.licence = manifest.string("licence")
+        self.base_model = manifest.string("base_model")
+        self.tools: dict[str, str] = dict(manifest.table("tools").values)
+        encoder = manifest.table("encoder")
+        self.encoder = EncoderSpec(
+            dim=encoder.integer("dim", 1),
+            max_length=encoder.integer("max_length", 3),
+            pooling=encoder.string("pooling"),
+            normalised=encoder.boolean("normalised"),
+            prompt=encoder.string("prompt"),
+        )
+        self.variants = tuple(_variant(table) for table in manifest.tables("variants"))
+        if not self.variants:
+            raise ManifestError(f"{where}: lists no variants. {_COPY_AGAIN}")
+        self.default_variant = manifest.string("default_variant")
+        self.variant(self.default_variant)
+        self.files = {key: _file(manifest.table(key)) for key in ("tokenizer", "agents", "goldens")}
+        content = {key: self.read(file) for key, file in self.files.items()}
+        self.id = hashlib.sha256(raw).hexdigest()
+        self.tokenizer = content["tokenizer"]
+        self._load_agents(content["agents"])
+        self._load_goldens(content["goldens"])
+
+    @classmethod
+    def open(cls, path: str | Path | None = None) -> Bundle:
+        """Open and verify a bundle.
+
+        Args:
+            path: A folder or a zip file; None opens the bundle that comes with this package.
+
+        Raises:
+            ManifestError: There is no bundle here, or its manifest is inconsistent.
+            ChecksumError: A file is missing, has changed, was cut short or is a link.
+            VersionError: The bundle's format is not one that this version reads.
+        """
+        folder = default_bundle() if path is None else Path(path)
+        if folder.is_dir():
+            return cls(_Folder(folder))
+        if folder.is_file() and zipfile.is_zipfile(folder):
+            return cls(_Zip(folder))
+        raise ManifestError(f"{folder}: no bundle here. Give a folder with {MANIFEST} in it, or such a folder zipped.")
+
+    def variant(self, variant_id: str | None = None) -> Variant:
+        """The variant of this id, or the default one.
+
+        Raises:
+            BundleError: There is none of this id.
+        """
+        wanted = self.default_variant if variant_id is None else variant_id
+        for variant in self.variants:
+            if variant.id == wanted:
+                return variant
+        have = ", ".join(variant.id for variant in self.variants)
+        raise BundleError(f"{self.path}: no variant {wanted!r}. Choose one of: {have}.")
+
+    def read(self, file: File) -> bytes:
+        """Read a file of the bundle and check it.
+
+        Raises:
+            ChecksumError: It is missing, has changed, was cut short or is a link.
+        """
+        data = self._source.read(file.file, file.bytes)
+        if len(data) != file.bytes or hashlib.sha256(data).hexdigest() != file.sha256:
+            raise ChecksumError(
+                f"{self._source.name(file.file)}: has changed or was cut short (sha256 differs, {len(data)} bytes, "
+                f"{file.bytes} expected). {_COPY_AGAIN}"
+            )
+        return data
+
+    def _load_agents(self, data: bytes) -> None:
+        where = self._source.name(self.files["agents"].file)
+        table = _Table(_json(data, where), where)
+        try:
+            self.agents: tuple[Agent, ...] = tuple(agents_from_records(table.items("agents"), where))
+        except AgentError as error:
+            raise ManifestError(f"{error} {_COPY_AGAIN}") from None
+        self.head: Head | None = None
+        if table.values.get("head") is not None:
+            head = table.table("head")
+            self.head = Head(
+                _matrix(head.items("prototypes"), (len(self.agents), self.encoder.dim), where),
+                _matrix(head.items("out_of_scope"), (self.encoder.dim,), where),
+            )
+
+    def _load_goldens(self, data: bytes) -> None:
+        where = self._source.name(self.files["goldens"].file)
+        goldens = []
+        for row in _Table(_json(data, where), where).tables("goldens"):
+            ids = row.items("ids")
+            if not all(isinstance(item, int) for item in ids):
+                raise ManifestError(f"{where}: ids must be integers. {_COPY_AGAIN}")
+            vector = _matrix(row.items("vector"), (self.encoder.dim,), where)
+            goldens.append(Golden(row.string("text"), tuple(ids), vector))
+        self.goldens = tuple(goldens)
+
+
+def default_bundle() -> Path:
+    """The folder of the bundle that comes with this package.
+
+    Raises:
+        ManifestError: The package was installed without it.
+    """
+    here = Path(__file__).resolve().parent
+    # In a wheel the bundle lies inside the package; in a checkout it is in models/.
+    for folder in (here / "default_bundle", here.parent / "models" / "ruvltra-mini" / "bundle"):
+        if (folder / MANIFEST).exists():
+            return folder
+    raise ManifestError(f"{here}: the default bundle is missing from this installation. Reinstall ruvltra-edge.")
+
+
+def manifest_digest(manifest: bytes) -> bytes:
+    """Content of ``bundle.json.sha256`` for this ``bundle.json``."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
+
+
+class _Folder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def name(self, file: str) -> str:
+        return str(self.path / file)
+
+    def read(self, file: str, size: int | None) -> bytes:
+        path = self.path
+        for part in _safe(file).parts:
+            path = path / part
+            if path.is_symlink():
+                raise ChecksumError(f"{path}: is a link; a bundle holds plain files only. {_COPY_AGAIN}")
+        try:
+            with path.open("rb") as stream:
+                # One byte more than listed shows that a file has grown without reading all of it.
+                return stream.read(_MANIFEST_LIMIT if size is None else size + 1)
+        except FileNotFoundError:
+            raise ChecksumError(f"{path}: is missing. {_COPY_AGAIN}") from None
+        except OSError as error:
+            raise ChecksumError(f"{path}: cannot be read ({error.strerror}). {_COPY_AGAIN}") from None
+
+
+class _Zip:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._zip = zipfile.ZipFile(path)
+        roots = [n.removesuffix(MANIFEST) for n in self._zip.namelist() if PurePosixPath(n).name == MANIFEST]
+        if not roots:
+            raise ManifestError(f"{path}: has no {MANIFEST} in it. Zip a whole bundle folder.")
+        self._root = min(roots, key=len)
+
+    def name(self, file: str) -> str:
+        return f"{self.path}!{self._root}{file}"
+
+    def read(self, file: str, size: int | None) -> bytes:
+        try:
+            with self._zip.open(self._root + str(_safe(file))) as stream:
+                return stream.read(_MANIFEST_LIMIT if size is None else size + 1)
+        except KeyError:
+            raise ChecksumError(f"{self.name(file)}: is missing. {_COPY_AGAIN}") from None
+        except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
+            raise ChecksumError(f"{self.name(file)}: cannot be read ({error}). {_COPY_AGAIN}") from None
+
+
+def _safe(file: str) -> PurePosixPath:
+    path = PurePosixPath(file)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or "\0" in file:
+        raise ManifestError(f"{MANIFEST}: {file!r} is not a path inside the bundle. {_COPY_AGAIN}")
+    return path
+
+
+class _Table:
+    """A JSON object with checked access; errors name the file and the key."""
+
+    def __init__(self, values: Any, where: str) -> None:
+        if not isinstance(values, dict):
+            raise ManifestError(f"{where}: must be a JSON object. {_COPY_AGAIN}")
+        self.values: dict[str, Any] = values
+        self.where = where
+
+    def _get(self, key: str, kind: type | tuple[type, ...], what: str) -> Any:
+        value = self.values.get(key)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ManifestError(f"{self.where}: {key!r} must be {what}. {_COPY_AGAIN}")
+        return value
+
+    def string(self, key: str) -> str:
+        return str(self._get(key, str, "a string"))
+
+    def boolean(self, key: str) -> bool:
+        return bool(self._get(key, bool, "true or false"))
+
+    def integer(self, key: str, minimum: int = 0) -> int:
+        value = self._get(key, int, "an integer")
+        if value < minimum:
+            raise ManifestError(f"{self.where}: {key!r} must be at least {minimum}. {_COPY_AGAIN}")
+        return int(value)
+
+    def number(self, key: str) -> float:
+        value = float(self._get(key, (int, float), "a number"))
+        if not math.isfinite(value):
+            raise ManifestError(f"{self.where}: {key!r} must be finite. {_COPY_AGAIN}")
+        return value
+
+    def items(self, key: str) -> list[Any]:
+        value: list[Any] = self._get(key, list, "a list")
+        return value
+
+    def table(self, key: str) -> _Table:
+        return _Table(self._get(key, dict, "an object"), f"{self.where}: {key}")
+
+    def tables(self, key: str) -> list[_Table]:
+        return [_Table(value, f"{self.where}: {key}[{i}]") for i, value in enumerate(self.items(key))]
+
+
+def _file(table: _Table) -> File:
+    file = File(table.string("file"), table.integer("bytes"), table.string("sha256"))
+    _safe(file.file)
+    return file
+
+
+def _variant(table: _Table) -> Variant:
+    calibration = table.table("calibration")
+    return Variant(
+        id=table.string("id"),
+        runtime=table.string("runtime"),
+        model=_file(table),
+        precision=table.string("precision"),
+        minimum_cosine=table.number("minimum_cosine"),
+        calibration={
+            kind: {strategy: _calibration(calibration.table(kind).table(strategy)) for strategy in by_strategy}
+            for kind, by_strategy in calibration.values.items()
+        },
+        calibrated_on=table.string("calibrated_on") if table.values.get("calibrated_on") is not None else None,
+        parity={key: table.table("parity").number(key) for key in table.table("parity").values},
+    )
+
+
+def _calibration(table: _Table) -> Calibration:
+    rest = None if table.values.get("out_of_scope", 0) is None else table.number("out_of_scope")
+    return Calibration(
+        table.number("cosine"), table.number("matched"), table.number("first"), rest, table.number("threshold")
+    )
+
+
+def _matrix(values: list[Any], shape: tuple[int, ...], where: str) -> NDArray[np.float32]:
+    try:
+        matrix = np.asarray(values, dtype=np.float32)
+    except (ValueError, TypeError, OverflowError):
+        matrix = np.empty(0, dtype=np.float32)
+    if matrix.shape != shape or not np.isfinite(matrix).all():
+        raise ManifestError(f"{where}: vectors must be finite and of shape {shape}. {_COPY_AGAIN}")
+    return matrix
+
+
+def _json(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise ManifestError(f"{where}: not valid JSON ({error}). {_COPY_AGAIN}") from None

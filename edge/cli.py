@@ -1,0 +1,316 @@
+"""The command ``ruvltra``: route, embed, eval, inspect, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from edge import __version__
+from edge.bundle import Bundle
+from edge.encoder import Encoder, clean
+from edge.errors import EdgeError, InputError
+from edge.router import STRATEGIES, Decision, Router
+
+T = TypeVar("T")
+ABSTAINED = 3  # exit status of `ruvltra route` for a single text that nobody takes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 done, 1 error, 2 usage, 3 abstained)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except EdgeError as error:
+        print(f"ruvltra: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader has gone (as `head` does); leave quietly, and keep the interpreter from
+        # flushing into the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ruvltra",
+        description="Route developer tasks to agents and embed text, locally and offline.",
+        epilog="Exit status: 0 done, 1 error, 2 usage, 3 a single task that the router abstains from.",
+    )
+    parser.add_argument("--version", action="version", version=f"ruvltra-edge {__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    bundle = argparse.ArgumentParser(add_help=False)
+    bundle.add_argument("--bundle", metavar="DIR", help="bundle folder or zip file (default: the one that is built in)")
+    bundle.add_argument("--variant", metavar="ID", help="variant of the bundle to run (default: the bundle's choice)")
+    bundle.add_argument("--threads", type=_positive, metavar="N", help="threads for one text (default: 1)")
+    agents = argparse.ArgumentParser(add_help=False)
+    agents.add_argument(
+        "--agents", metavar="PATH", help="your own agents: a .toml, .json or .md file, or a folder of .md files"
+    )
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="write JSON")
+
+    route = verbs.add_parser(
+        "route",
+        parents=[bundle, agents, as_json],
+        help="say which agent takes a task",
+        description="Say which agent takes a task, how sure that is, and why.",
+    )
+    route.add_argument("--strategy", choices=STRATEGIES, default="hybrid", help="how to decide (default: hybrid)")
+    route.add_argument(
+        "text", nargs="+", metavar="TEXT", help="a task; '-' reads tasks from standard input, one a line"
+    )
+    route.set_defaults(run=_route)
+
+    embed = verbs.add_parser(
+        "embed",
+        parents=[bundle, as_json],
+        help="turn texts into unit vectors",
+        description='Turn texts into unit vectors: one JSON object {"text", "vector"} a line, or an array in a file.',
+    )
+    embed.add_argument("--output", type=Path, metavar="FILE.npy", help="write a float32 array (texts, dim) instead")
+    embed.add_argument(
+        "text", nargs="+", metavar="TEXT", help="a text; '-' reads texts from standard input, one a line"
+    )
+    embed.set_defaults(run=_embed)
+
+    evaluate = verbs.add_parser(
+        "eval",
+        parents=[bundle, agents, as_json],
+        help="measure accuracy on labelled tasks",
+        description='Measure strategies on a JSON-lines file of {"task", "agent"} rows; "none" is out of scope.',
+    )
+    evaluate.add_argument("file", type=Path, metavar="FILE.jsonl")
+    evaluate.add_argument(
+        "--strategy", choices=[*STRATEGIES, "all"], default="all", help="what to measure (default: all)"
+    )
+    evaluate.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the confusion matrix (hybrid's, if all)")
+    evaluate.set_defaults(run=_eval)
+
+    inspect = verbs.add_parser("inspect", parents=[as_json], help="show what is in a bundle")
+    inspect.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: the built-in bundle")
+    inspect.set_defaults(run=_inspect)
+
+    doctor = verbs.add_parser(
+        "doctor",
+        parents=[as_json],
+        help="prove a bundle on this device",
+        description="Recompute hashes, token ids and vectors on this device; exit status 1 if anything is wrong.",
+    )
+    doctor.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: the built-in bundle")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _texts(arguments: Sequence[str]) -> Iterator[str]:
+    """The texts of the command line; '-' stands for the lines of standard input."""
+    for argument in arguments:
+        if argument != "-":
+            yield clean(argument)
+            continue
+        for line in sys.stdin.buffer:
+            yield line.decode("utf-8", "replace").rstrip("\r\n")
+
+
+def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """Show a counter on a terminal's standard error while items pass."""
+    shown = sys.stderr.isatty()
+    for done, item in enumerate(items, 1):
+        yield item
+        if shown and (done % 20 == 0 or done == total):
+            print(f"\r{what} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def _route(options: argparse.Namespace) -> int:
+    router = Router.load(
+        options.bundle,
+        agents=options.agents,
+        strategy=options.strategy,
+        variant=options.variant,
+        threads=options.threads,
+    )
+    decision = None
+    for task in _texts(options.text):
+        started = time.perf_counter()
+        decision = router.route(task)
+        milliseconds = (time.perf_counter() - started) * 1000
+        print(
+            _route_json(task, decision, milliseconds) if options.json else _route_line(decision, milliseconds),
+            flush=True,
+        )
+    single = len(options.text) == 1 and options.text != ["-"]
+    return ABSTAINED if single and decision is not None and decision.agent is None else 0
+
+
+def _route_json(task: str, decision: Decision, milliseconds: float) -> str:
+    return json.dumps(
+        {
+            "task": task,
+            "agent": decision.agent,
+            "method": decision.method,
+            "confidence": decision.confidence,
+            "margin": decision.margin,
+            "matched": decision.matched,
+            "ranking": [ranked._asdict() for ranked in decision.ranking],
+            "truncated": decision.truncated,
+            "ms": round(milliseconds, 3),
+        }
+    )
+
+
+def _route_line(decision: Decision, milliseconds: float) -> str:
+    reasons = []
+    if decision.matched:
+        reasons.append(("keyword " if len(decision.matched) == 1 else "keywords ") + _quoted(decision.matched))
+    top = decision.ranking[0]
+    if top.cosine is not None and decision.method != "keyword":
+        rival = f" over {decision.ranking[1].id} {decision.ranking[1].cosine:.2f}" if len(decision.ranking) > 1 else ""
+        reasons.append(f"embedding {top.cosine:.2f}{rival}")
+    if decision.agent is None:
+        reasons.insert(0, f"nearest: {top.id}")
+    if decision.truncated:
+        reasons.append("only the beginning was read")
+    name = decision.agent or "-"
+    return f"{name:<10} {decision.confidence:.2f}   {decision.method} ({', '.join(reasons)})   {milliseconds:.1f} ms"
+
+
+def _quoted(phrases: Sequence[str]) -> str:
+    return ", ".join(f'"{phrase}"' for phrase in phrases)
+
+
+def _embed(options: argparse.Namespace) -> int:
+    encoder = Encoder.load(options.bundle, variant=options.variant, threads=options.threads)
+    if options.output is None:
+        for text in _texts(options.text):
+            print(json.dumps({"text": text, "vector": encoder.encode([text])[0].tolist()}), flush=True)
+        return 0
+    texts = list(_texts(options.text))
+    vectors = encoder.encode(_progress(texts, len(texts), "embedded"))
+    path: Path = options.output
+    # Written beside its final place and renamed, so that no half file is ever seen.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        try:
+            with partial.open("wb") as stream:
+                np.save(stream, vectors)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}). Choose another path for --output.") from None
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from edge.evaluate import evaluate, plot_confusion, read_labelled
+
+    strategies = STRATEGIES if options.strategy == "all" else (options.strategy,)
+    router = Router.load(
+        options.bundle,
+        agents=options.agents,
+        strategy="hybrid" if options.strategy == "all" else options.strategy,
+        variant=options.variant,
+        threads=options.threads,
+    )
+    rows = read_labelled(options.file, [agent.name for agent in router.agents])
+    signals = _progress((router.signals(row.task) for row in rows), len(rows), "routed")
+    scores = evaluate(router, rows, strategies, signals)
+    if options.plot:
+        plot_confusion(scores[-1], options.plot, options.file.name)
+    if options.json:
+        # The confusions hold the same counts in a form that JSON has.
+        values = [{key: value for key, value in asdict(score).items() if key != "matrix"} for score in scores]
+        print(json.dumps({"file": str(options.file), "scores": values}))
+        return 0
+    last = scores[-1]
+    outside = last.abstain_recall.n
+    print(f"{options.file}: {last.accuracy.n} tasks, {outside} out of scope. Intervals: 95 % Wilson.\n")
+    columns = ("accuracy", "top-1", "abstain precision", "abstain recall", "in-scope abstained")
+    print(f"{'strategy':<15}" + "".join(f"{column:<24}" for column in columns) + "AUROC   ECE")
+    for score in scores:
+        shares = (score.accuracy, score.top1, score.abstain_precision, score.abstain_recall, score.false_abstain)
+        rate = "-" if score.auroc is None else f"{score.auroc:.3f}"
+        print(f"{score.strategy:<15}" + "".join(f"{share!s:<24}" for share in shares) + f"{rate:<8}{score.ece:.3f}")
+    print(f"\nBy agent ({last.strategy}):")
+    for name, share in last.per_agent.items():
+        print(f"  {name:<20}{share}  n = {share.n}")
+    print(f"\nMost frequent confusions ({last.strategy}):")
+    for true, given, count in last.confusions[:10]:
+        print(f"  {count:>4}  {true} -> {given}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    bundle = Bundle.open(options.bundle)
+    summary: dict[str, Any] = {
+        "path": str(bundle.path),
+        "id": bundle.id,
+        "name": bundle.name,
+        "version": bundle.version,
+        "licence": bundle.licence,
+        "base_model": bundle.base_model,
+        "encoder": asdict(bundle.encoder),
+        "variants": [asdict(variant) for variant in bundle.variants],
+        "default_variant": bundle.default_variant,
+        "agents": [agent.name for agent in bundle.agents],
+        "head": "trained prototypes" if bundle.head else "prototypes from descriptions and examples",
+        "goldens": len(bundle.goldens),
+        "tools": bundle.tools,
+    }
+    if options.json:
+        print(json.dumps(summary))
+        return 0
+    spec = bundle.encoder
+    print(f"{bundle.name} {bundle.version} ({bundle.licence}), from {bundle.base_model}")
+    print(f"  path       {bundle.path}")
+    print(f"  id         {bundle.id}")
+    print(f"  encoder    {spec.dim} values, up to {spec.max_length} tokens, {spec.pooling} pooling, unit length")
+    print(f"  agents     {len(bundle.agents)}: {', '.join(agent.name for agent in bundle.agents)}")
+    print(f"  head       {summary['head']}")
+    print(f"  goldens    {len(bundle.goldens)}")
+    for variant in bundle.variants:
+        default = ", default" if variant.id == bundle.default_variant else ""
+        print(f"  variant    {variant.id} ({variant.runtime}{default}): {variant.precision}")
+        size = f"{variant.model.bytes / 1e6:.1f} MB"
+        print(f"             {variant.model.file}, {size}, cosine to fp32 >= {variant.minimum_cosine}")
+        print(f"             confidence calibrated on: {variant.calibrated_on or 'nothing; not a probability'}")
+    print(f"  made with  {', '.join(f'{name} {version}' for name, version in bundle.tools.items())}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from edge.doctor import examine
+
+    checks = []
+    for check in examine(options.bundle):
+        checks.append(check)
+        if not options.json:
+            print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}", flush=True)
+    healthy = all(check.ok for check in checks)
+    if options.json:
+        print(json.dumps({"ok": healthy, "checks": [asdict(check) for check in checks]}))
+    elif not healthy:
+        print("ruvltra: this bundle must not be used on this device.", file=sys.stderr)
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

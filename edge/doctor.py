@@ -1,0 +1,70 @@
+"""Proves a bundle on this device: hashes, token ids, vectors and stability, recomputed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edge.bundle import Bundle, Variant
+from edge.encoder import Encoder
+from edge.errors import EdgeError
+from edge.router import Router
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was checked, whether it holds, and the figure or reason."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def examine(path: str | Path | None = None) -> Iterator[Check]:
+    """Check a bundle step by step; stops where nothing further can be said.
+
+    Args:
+        path: Folder or zip file; None for the bundle that comes with the package.
+    """
+    try:
+        bundle = Bundle.open(path)
+    except EdgeError as error:
+        yield Check("files", False, str(error))
+        return
+    yield Check(
+        "files", True, f"{bundle.name} {bundle.version}: manifest, tokenizer, agents and goldens match their sha256"
+    )
+    for variant in bundle.variants:
+        if variant.runtime == "onnx":
+            yield from _examine_variant(bundle, variant)
+        else:
+            yield Check(f"{variant.id}: skipped", True, f"runtime {variant.runtime} does not run here")
+
+
+def _examine_variant(bundle: Bundle, variant: Variant) -> Iterator[Check]:
+    try:
+        encoder = Encoder.load(bundle, variant=variant.id)
+        yield Check(f"{variant.id}: model", True, f"{variant.model.file}, {variant.model.bytes / 1e6:.1f} MB, loads")
+        wrong = [golden.text for golden in bundle.goldens if encoder.tokenize(golden.text).ids != golden.ids]
+        detail = f"token ids of {len(bundle.goldens)} goldens are equal"
+        yield Check(f"{variant.id}: tokens", not wrong, f"token ids differ for {wrong[0]!r}" if wrong else detail)
+        texts = [golden.text for golden in bundle.goldens]
+        vectors = encoder.encode(texts)
+        cosines = [float(v @ golden.vector) for v, golden in zip(vectors, bundle.goldens, strict=True)]
+        lowest = min(cosines, default=1.0)
+        yield Check(
+            f"{variant.id}: vectors",
+            lowest >= variant.minimum_cosine,
+            f"cosine to fp32 goldens: min {lowest:.5f}, mean {np.mean(cosines):.5f}, bound {variant.minimum_cosine}",
+        )
+        again = encoder.encode(texts[::-1])[::-1]
+        yield Check(f"{variant.id}: order", np.array_equal(vectors, again), "vectors do not depend on order or company")
+        router = Router.load(bundle, variant=variant.id)
+        decision = router.route("Fix the null pointer in the login handler")
+        answer = f"{decision.agent or 'nobody'} at confidence {decision.confidence:.2f}"
+        yield Check(f"{variant.id}: route", bool(np.isfinite(decision.confidence)), f"a task is routed: {answer}")
+    except EdgeError as error:
+        yield Check(f"{variant.id}: failed", False, str(error))

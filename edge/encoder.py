@@ -1,0 +1,118 @@
+"""Texts to token ids to unit vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from edge.bundle import Bundle
+from edge.errors import InputError, ManifestError
+from edge.session import Backend, OnnxBackend
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids of one text.
+
+    Attributes:
+        ids: With the special tokens at either end.
+        truncated: The text was longer than the encoder's maximum length.
+        empty: Nothing but special tokens: the text has no content.
+    """
+
+    ids: tuple[int, ...]
+    truncated: bool
+    empty: bool
+
+
+class Encoder:
+    """Embeds texts with a bundle's model. Thread-safe: ``encode`` may run from many threads.
+
+    Every text runs by itself and without padding. The shipped int8 graphs scale activations by the
+    whole tensor, so that a text's company or padding would change its vector; one text at a time,
+    it never does.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        """Join a bundle's tokenizer and a back end; :meth:`load` does so with ONNX Runtime."""
+        self.dim = bundle.encoder.dim
+        self.max_length = bundle.encoder.max_length
+        self._prompt = bundle.encoder.prompt
+        self._backend = backend
+        try:
+            self._tokenizer: Tokenizer = Tokenizer.from_buffer(bundle.tokenizer)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ManifestError(
+                f"{bundle.path}: the tokenizer cannot be loaded ({error}). Install a version of tokenizers from this "
+                "package's tested range."
+            ) from None
+        self._tokenizer.enable_truncation(self.max_length)
+        self._special = self._tokenizer.num_special_tokens_to_add(False)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path | Bundle | None = None,
+        *,
+        variant: str | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> Encoder:
+        """Open a bundle's encoder.
+
+        Args:
+            bundle: Folder, zip file or opened bundle; None for the one that comes with the package.
+            variant: Id of a variant; None for the bundle's default.
+            device: ``auto`` or ``cpu``.
+            threads: Threads for one text; None for 1.
+
+        Raises:
+            BundleError: The bundle cannot be used.
+            BackendError: Its model cannot run here.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        return cls(opened, OnnxBackend(opened, opened.variant(variant), device=device, threads=threads))
+
+    def tokenize(self, text: str) -> Tokens:
+        """Token ids of a text, cut to the maximum length. Lone surrogates count as U+FFFD."""
+        encoding = self._tokenizer.encode(self._prompt + clean(text))
+        ids: list[int] = encoding.ids
+        return Tokens(tuple(ids), bool(encoding.overflowing), len(ids) <= self._special)
+
+    def encode_tokens(self, tokens: Tokens) -> NDArray[np.float32]:
+        """(dim,) float32 unit vector of one tokenised text."""
+        ids = np.array([tokens.ids], dtype=np.int64)
+        vector: NDArray[np.float32] = self._backend.run(ids, np.ones_like(ids))[0]
+        return vector
+
+    def encode(self, texts: Iterable[str]) -> NDArray[np.float32]:
+        """Embed texts.
+
+        Args:
+            texts: Any number of strings; longer ones are cut to the maximum length.
+
+        Returns:
+            (n, dim) float32, rows of unit length; (0, dim) for no texts.
+
+        Raises:
+            InputError: A single string instead of a collection of strings.
+            OutputError: The model returned something other than unit vectors.
+        """
+        if isinstance(texts, str):
+            raise InputError("encode takes a collection of texts. Put the string into a list.")
+        rows = [self.encode_tokens(self.tokenize(text)) for text in texts]
+        return np.stack(rows) if rows else np.empty((0, self.dim), dtype=np.float32)
+
+
+def clean(text: str) -> str:
+    """The text with lone surrogates replaced by U+FFFD; surrogate pairs become their character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -1,0 +1,277 @@
+"""Routing: signals of a task (keywords, similarities) to a decision with calibrated confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.agents import Agent, load_agents
+from edge.bundle import Bundle, Calibration, Head
+from edge.encoder import Encoder, clean
+from edge.errors import InputError, ManifestError
+from edge.keywords import KeywordRules, Matches
+
+STRATEGIES = ("keyword", "keyword-first", "embedding", "hybrid")
+MAX_CHARACTERS = 8192  # a task is cut here before anything looks at it; 256 tokens are far fewer
+
+
+class Ranked(NamedTuple):
+    """An agent in a decision's ranking.
+
+    Attributes:
+        id: Name of the agent.
+        score: Calibrated probability that the strategy gives it; the ranking falls in it.
+        cosine: Similarity of task and prototype; None for the strategy ``keyword``, which uses none.
+    """
+
+    id: str
+    score: float
+    cosine: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where a task goes, and why.
+
+    Attributes:
+        agent: Name of the agent; None if the router abstains.
+        method: What decided: ``keyword``, ``embedding``, ``hybrid`` or ``abstain``.
+        confidence: Calibrated probability of the first agent of the ranking, in [0, 1].
+        margin: Its lead over the second one.
+        matched: Keywords that spoke for the first agent of the ranking.
+        ranking: All agents, most probable first.
+        truncated: The task was too long and only its beginning was looked at.
+    """
+
+    agent: str | None
+    method: str
+    confidence: float
+    margin: float
+    matched: tuple[str, ...]
+    ranking: tuple[Ranked, ...]
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What is known of a task before a strategy weighs it.
+
+    Attributes:
+        matches: What the keyword rules found.
+        cosine: (agents,) float32 similarities to the prototypes; None without an encoder.
+        out_of_scope: Similarity to the out-of-scope prototype; None if the head has none.
+        truncated: The task was cut.
+        empty: The task has no content.
+    """
+
+    matches: Matches
+    cosine: NDArray[np.float32] | None
+    out_of_scope: float | None
+    truncated: bool
+    empty: bool
+
+
+class Router:
+    """Routes tasks to agents. Thread-safe: ``route`` may run from many threads."""
+
+    def __init__(
+        self,
+        agents: Sequence[Agent],
+        calibration: dict[str, Calibration],
+        *,
+        strategy: str = "hybrid",
+        encoder: Encoder | None = None,
+        head: Head | None = None,
+    ) -> None:
+        """Assemble a router from its parts; :meth:`load` does so from a bundle.
+
+        Args:
+            agents: The agents to choose between.
+            calibration: By strategy, for ``keyword``, ``embedding`` and ``hybrid``.
+            strategy: One of ``STRATEGIES``.
+            encoder: Needed by every strategy but ``keyword``.
+            head: Trained prototypes in the order of ``agents``; None makes prototypes of the
+                agents' descriptions and examples.
+
+        Raises:
+            InputError: An unknown strategy, no agents, or a strategy without the encoder it needs.
+        """
+        check_strategy(strategy)
+        if not agents:
+            raise InputError("a router needs at least one agent. Give a list of agents.")
+        if encoder is None and strategy != "keyword":
+            raise InputError(f"the strategy {strategy!r} needs an encoder. Give one, or use the strategy 'keyword'.")
+        self.agents = tuple(agents)
+        self.strategy = strategy
+        self.calibration = calibration
+        self.encoder = encoder
+        self._rules = KeywordRules(self.agents)
+        self._prototypes: NDArray[np.float32] | None = None
+        self._out_of_scope: NDArray[np.float32] | None = None
+        if encoder is not None and head is not None:
+            self._prototypes, self._out_of_scope = head.prototypes, head.out_of_scope
+        elif encoder is not None:
+            self._prototypes = prototypes(encoder, self.agents)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path | Bundle | None = None,
+        *,
+        agents: str | Path | Sequence[Agent] | None = None,
+        strategy: str = "hybrid",
+        variant: str | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> Router:
+        """Open a router.
+
+        Args:
+            bundle: Folder, zip file or opened bundle; None for the one that comes with the package.
+            agents: Agents of your own instead of the bundle's: a TOML or JSON file, a folder of
+                Markdown agent files, or a list. No training is needed.
+            strategy: ``hybrid``, ``embedding``, ``keyword`` or ``keyword-first``.
+            variant: Id of the bundle's variant to run; None for its default.
+            device: ``auto`` or ``cpu``.
+            threads: Threads for one task; None for 1.
+
+        Raises:
+            BundleError: The bundle cannot be used.
+            AgentError: The agents' file is broken; the message names file and line.
+            BackendError: The model cannot run here.
+            InputError: An unknown strategy.
+        """
+        check_strategy(strategy)
+        custom: Sequence[Agent] | None
+        custom = load_agents(agents) if isinstance(agents, (str, Path)) else agents
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        chosen = opened.variant(variant)
+        kind = "custom" if custom is not None or opened.head is None else "trained"
+        try:
+            calibration = dict(chosen.calibration[kind])
+            for needed in ("keyword", "embedding", "hybrid"):
+                calibration[needed]
+        except KeyError as error:
+            raise ManifestError(
+                f"{opened.path}: variant {chosen.id!r} has no calibration {error}. Export it again."
+            ) from None
+        encoder = None
+        if strategy != "keyword":
+            encoder = Encoder.load(opened, variant=chosen.id, device=device, threads=threads)
+        return cls(
+            opened.agents if custom is None else custom,
+            calibration,
+            strategy=strategy,
+            encoder=encoder,
+            head=opened.head if custom is None else None,
+        )
+
+    def route(self, task: str) -> Decision:
+        """Decide which agent takes a task.
+
+        A task without content (empty, only control characters) is abstained from.
+        """
+        return self.decide(self.signals(task), self.strategy)
+
+    def route_many(self, tasks: Iterable[str]) -> list[Decision]:
+        """Decide for many tasks, in their order; each exactly as :meth:`route` does."""
+        if isinstance(tasks, str):
+            raise InputError("route_many takes a collection of tasks. Put the string into a list, or call route.")
+        return [self.route(task) for task in tasks]
+
+    def signals(self, task: str) -> Signals:
+        """Match keywords and measure similarities; the input of :meth:`decide`."""
+        if not isinstance(task, str):
+            raise InputError(f"a task must be a string, not {type(task).__name__}. Convert it first.")
+        text = clean(task[:MAX_CHARACTERS])
+        truncated = len(task) > MAX_CHARACTERS
+        matches = self._rules.match(text)
+        if self.encoder is None or self._prototypes is None:
+            empty = not any(character.isprintable() and not character.isspace() for character in text)
+            return Signals(matches, None, None, truncated, empty)
+        tokens = self.encoder.tokenize(text)
+        vector = self.encoder.encode_tokens(tokens)
+        out_of_scope = None if self._out_of_scope is None else float(self._out_of_scope @ vector)
+        cosine: NDArray[np.float32] = self._prototypes @ vector
+        return Signals(matches, cosine, out_of_scope, truncated or tokens.truncated, tokens.empty)
+
+    def decide(self, signals: Signals, strategy: str) -> Decision:
+        """Weigh signals by a strategy.
+
+        ``keyword-first`` keeps the origin's rule: the matched agent of the highest priority wins,
+        embeddings break ties and take the tasks that no keyword matched.
+        """
+        method = strategy
+        if strategy == "keyword-first":
+            method = "keyword" if signals.matches.first else "embedding"
+        cosine = None if strategy == "keyword" else signals.cosine
+        calibration = self.calibration[method]
+        probability = probabilities(signals, calibration)
+        order = np.argsort(-probability, kind="stable")
+        if method == "keyword" and cosine is not None:
+            # Among the agents that keywords cannot tell apart, the similarity decides.
+            order = np.lexsort((-cosine, -probability))
+        top, second = order[0], order[1] if len(order) > 1 else None
+        confidence = float(probability[top])
+        unmatched = method == "keyword" and not signals.matches.first
+        abstains = signals.empty or unmatched or confidence < calibration.threshold
+        ranking = tuple(
+            Ranked(
+                self.agents[i].name,
+                float(probability[i]),
+                None if cosine is None else float(cosine[i]),
+            )
+            for i in order
+        )
+        return Decision(
+            agent=None if abstains else self.agents[top].name,
+            method="abstain" if abstains else method,
+            confidence=0.0 if signals.empty else confidence,
+            margin=0.0 if signals.empty or second is None else confidence - float(probability[second]),
+            matched=signals.matches.phrases[top],
+            ranking=ranking,
+            truncated=signals.truncated,
+        )
+
+
+def probabilities(signals: Signals, calibration: Calibration) -> NDArray[np.float64]:
+    """(agents,) probabilities; they add up to one less the probability of "nobody".
+
+    See :class:`edge.bundle.Calibration` for the formula.
+    """
+    logits = np.zeros(len(signals.matches.phrases))
+    for position, phrases in enumerate(signals.matches.phrases):
+        if phrases:
+            logits[position] += calibration.matched
+    for position in signals.matches.first:
+        logits[position] += calibration.first
+    if signals.cosine is not None:
+        logits += calibration.cosine * signals.cosine.astype(np.float64)
+    rest = -np.inf
+    if calibration.out_of_scope is not None:
+        rest = calibration.out_of_scope + calibration.cosine * (signals.out_of_scope or 0.0)
+    highest = max(float(logits.max()), rest)
+    exponents = np.exp(logits - highest)
+    shares: NDArray[np.float64] = exponents / (exponents.sum() + np.exp(rest - highest))
+    return shares
+
+
+def prototypes(encoder: Encoder, agents: Sequence[Agent]) -> NDArray[np.float32]:
+    """(agents, dim) float32 unit rows: the mean of an agent's description and examples."""
+    rows = []
+    for agent in agents:
+        described = [f"{agent.name}: {agent.description}"] if agent.description else []
+        mean = encoder.encode([*described, *agent.examples]).mean(axis=0)
+        rows.append(mean / np.linalg.norm(mean))
+    return np.stack(rows).astype(np.float32)
+
+
+def check_strategy(strategy: str) -> None:
+    """Raise InputError unless ``strategy`` is one of ``STRATEGIES``."""
+    if strategy not in STRATEGIES:
+        raise InputError(f"unknown strategy {strategy!r}. Use one of: {', '.join(STRATEGIES)}.")

@@ -1,0 +1,94 @@
+"""The seam to whatever runs the network: a back end turns ids and a mask into unit vectors."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edge.bundle import Bundle, Variant
+from edge.errors import BackendError, OutputError, ProviderUnavailable
+
+
+class Backend(Protocol):
+    """One method: token ids in, unit vectors out."""
+
+    def run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(batch, tokens) ids and mask to (batch, dim) float32 unit rows."""
+        ...
+
+
+class OnnxBackend:
+    """An ONNX Runtime session on the CPU. Thread-safe: sessions may run concurrently."""
+
+    def __init__(self, bundle: Bundle, variant: Variant, *, device: str = "auto", threads: int | None = None) -> None:
+        """Load a variant's graph.
+
+        Args:
+            bundle: The opened bundle.
+            variant: One of its variants; its file is checked by hash here.
+            device: ``auto`` or ``cpu``.
+            threads: Threads for one run; None takes 1, the fastest for short texts on shared cores.
+
+        Raises:
+            ProviderUnavailable: ``device`` is neither of the two.
+            BackendError: The graph cannot be loaded, or ``threads`` is not positive.
+        """
+        if device not in ("auto", "cpu"):
+            raise ProviderUnavailable(f"device {device!r} is not available in this version. Use 'auto' or 'cpu'.")
+        if variant.runtime != "onnx":
+            raise ProviderUnavailable(
+                f"variant {variant.id!r} needs the runtime {variant.runtime!r}. Use an onnx variant."
+            )
+        threads = 1 if threads is None else threads
+        if threads < 1:
+            raise BackendError(f"threads must be at least 1, not {threads}. Leave it out for the default.")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            # From the very bytes whose hash was checked, so that nothing can change in between.
+            self._session = ort.InferenceSession(
+                bundle.read(variant.model), options, providers=["CPUExecutionProvider"]
+            )
+        except BackendError:
+            raise
+        except Exception as error:
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            raise BackendError(
+                f"{variant.model.file}: ONNX Runtime {ort.__version__} cannot load it ({error}). "
+                "Install a version of onnxruntime from this package's tested range."
+            ) from None
+        self.dim = bundle.encoder.dim
+
+    def run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run the graph and check what comes out.
+
+        Args:
+            ids: (batch, tokens) int64 token ids.
+            mask: (batch, tokens) int64; 1 for tokens, 0 for padding.
+
+        Returns:
+            (batch, dim) float32, rows of unit length.
+
+        Raises:
+            OutputError: The result has another shape, is not finite or not of unit length.
+        """
+        vectors: NDArray[np.float32] = self._session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+        check_unit_rows(vectors, (ids.shape[0], self.dim))
+        return vectors
+
+
+def check_unit_rows(vectors: NDArray[np.float32], shape: tuple[int, int]) -> None:
+    """Raise OutputError unless ``vectors`` has this shape and finite rows of unit length."""
+    if vectors.shape != shape or vectors.dtype != np.float32:
+        raise OutputError(
+            f"the model returned {vectors.dtype} {vectors.shape}, float32 {shape} expected. Run: ruvltra doctor"
+        )
+    # NaN compares false, so this catches values that are not finite as well.
+    if not bool((np.abs(np.einsum("ij,ij->i", vectors, vectors) - 1.0) < 1e-3).all()):
+        raise OutputError("the model returned vectors that are not finite and of unit length. Run: ruvltra doctor")

@@ -1,0 +1,313 @@
+"""Writes bundles: export, prove, calibrate, and only then put the folder in its place."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from tqdm import tqdm
+
+from edge.agents import Agent
+from edge.bundle import FORMAT, MANIFEST, MANIFEST_DIGEST, Bundle, manifest_digest
+from edge.doctor import examine
+from edge.errors import InputError
+from edge.evaluate import Labelled
+from edge.router import Router
+from export.calibrate import UNCALIBRATED, calibrate
+from export.checkpoint import Checkpoint, load_checkpoint
+from export.errors import CheckpointError, ParityError
+from export.onnx import export_fp32, quantise_int8
+from export.parity import MINIMUM_COSINE, Report, Run, compare, parity_texts
+from export.wrapper import SentenceEncoder
+
+VARIANTS = ("fp32", "int8")
+_PRECISION = {
+    "fp32": "float32 weights and activations",
+    "int8": "int8 weights per channel, uint8 activations scaled per tensor at run time, int8 embedding rows",
+}
+_GOLDENS = 20
+_TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What the manifest says of a bundle's origin."""
+
+    name: str
+    version: str
+    licence: str
+    base_model: str
+
+
+def build_bundle(
+    checkpoint_folder: Path,
+    out: Path,
+    *,
+    identity: Identity,
+    agents: Sequence[Agent],
+    variants: Sequence[str] = VARIANTS,
+    labelled: Sequence[Labelled] = (),
+    labelled_name: str | None = None,
+    false_abstain: float = 0.02,
+    minimum_cosine: dict[str, float] | None = None,
+    replace: bool = False,
+    quiet: bool = False,
+) -> list[Report]:
+    """Turn a checkpoint into a verified bundle.
+
+    The bundle is put together in a temporary folder beside ``out`` and takes its place by one
+    rename after every gate has passed, so that a failure or a kill leaves nothing half done.
+
+    Args:
+        checkpoint_folder: Hugging Face or sentence-transformers folder.
+        out: Where the bundle shall be.
+        identity: Name, version, licence and base model for the manifest.
+        agents: The agents to route to. If the checkpoint has a trained head, the same ones.
+        variants: Which graphs to ship, of ``fp32`` and ``int8``; the last one is the default.
+        labelled: Tasks to calibrate on; without any, confidences are marked as uncalibrated.
+        labelled_name: What the manifest calls them.
+        false_abstain: Share of the in-scope labelled tasks that may be abstained from.
+        minimum_cosine: Bounds by variant, in place of ``MINIMUM_COSINE``.
+        replace: Replace an existing ``out``.
+        quiet: No progress on standard error.
+
+    Returns:
+        A parity report for each graph.
+
+    Raises:
+        ParityError: A graph misses its bound. Nothing was written.
+        CheckpointError: The checkpoint cannot be used, or its head is of other agents.
+        InputError: ``out`` exists, or an unknown variant was asked for.
+    """
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise InputError(f"unknown variant {variant!r}. Choose from: {', '.join(VARIANTS)}.")
+    if not variants:
+        raise InputError("no variants asked for. Give at least one.")
+    if out.exists() and not replace:
+        raise InputError(f"{out}: exists already. Choose another folder, or give --force to replace it.")
+    steps = tqdm(total=3 + 3 * len(variants), disable=quiet, unit="step")
+    steps.set_description("load checkpoint")
+    checkpoint = load_checkpoint(checkpoint_folder)
+    names = tuple(agent.name for agent in agents)
+    if checkpoint.head is not None and checkpoint.head.agents != names:
+        raise CheckpointError(
+            f"{checkpoint_folder}: the head was trained for {', '.join(checkpoint.head.agents)}; the agents given are "
+            f"{', '.join(names)}. Give the agents file of its recipe, or delete head.safetensors to route by "
+            "descriptions."
+        )
+    model = SentenceEncoder(checkpoint.backbone).eval()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        work.chmod(0o755)
+        steps.update()
+        steps.set_description("export fp32")
+        fp32 = work / "model.fp32.onnx"
+        export_fp32(model, fp32)
+        steps.update()
+        reports = []
+        for variant in ("fp32", *(v for v in variants if v != "fp32")):
+            path = work / f"model.{variant}.onnx"
+            steps.set_description(f"parity {variant}")
+            bound = (minimum_cosine or {}).get(variant, MINIMUM_COSINE[variant])
+            if variant == "fp32":
+                reports.append(compare(checkpoint, model, _runner(path), variant, bound))
+            else:
+                reports.append(_quantise(checkpoint, model, fp32, path, bound))
+            if variant in variants:
+                steps.update(2)
+        failed = [report for report in reports if report.failures]
+        if failed:
+            raise ParityError(
+                f"{', '.join(r.variant for r in failed)}: too far from the original. Nothing was written; see the "
+                "report.",
+                "\n".join(report.table() for report in reports),
+            )
+        if "fp32" not in variants:
+            fp32.unlink()
+        steps.set_description("goldens and calibration")
+        _write_parts(work, checkpoint, model, agents)
+        manifest = _manifest(work, checkpoint, identity, variants, reports, minimum_cosine or {})
+        _write_manifest(work, manifest)
+        for entry in manifest["variants"]:
+            if labelled:
+                _calibrate(work, entry, names, labelled, false_abstain)
+                entry["calibrated_on"] = (
+                    f"{labelled_name}, {len(labelled)} tasks" if labelled_name else str(len(labelled))
+                )
+            steps.update()
+        _write_manifest(work, manifest)
+        steps.set_description("verify")
+        for check in examine(work):
+            if not check.ok:
+                raise ParityError(
+                    f"the finished bundle fails its own check. Nothing was written. {check.name}", check.detail
+                )
+        _put_in_place(work, out)
+        steps.update()
+    finally:
+        steps.close()
+        shutil.rmtree(work, ignore_errors=True)
+    return reports
+
+
+def _quantise(checkpoint: Checkpoint, model: SentenceEncoder, fp32: Path, path: Path, bound: float) -> Report:
+    """Make the smallest int8 graph that meets the bound, or the most precise one if none does."""
+    layers = int(checkpoint.backbone.config.num_hidden_layers)
+    for keep in range(layers + 1):
+        quantise_int8(fp32, path, keep)
+        report = compare(checkpoint, model, _runner(path), "int8", bound)
+        if not report.failures:
+            break
+    return report
+
+
+def _runner(path: Path) -> Run:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(ids: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        result: np.ndarray[Any, Any] = session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+        return result
+
+    return run
+
+
+def _write_parts(folder: Path, checkpoint: Checkpoint, model: SentenceEncoder, agents: Sequence[Agent]) -> None:
+    """tokenizer.json, agents.json and goldens.json."""
+    checkpoint.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    head = checkpoint.head
+    _write_json(
+        folder / "agents.json",
+        {
+            "agents": [asdict(agent) for agent in agents],
+            "head": None
+            if head is None
+            else {"prototypes": _rounded(head.prototypes), "out_of_scope": _rounded(head.out_of_scope)},
+        },
+    )
+    goldens = []
+    checkpoint.tokenizer.enable_truncation(checkpoint.max_length)
+    for text in parity_texts()[:_GOLDENS]:
+        ids = checkpoint.tokenizer.encode(text).ids
+        with torch.no_grad():
+            vector = model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))[0]
+        goldens.append({"text": text, "ids": ids, "vector": _rounded(vector)})
+    checkpoint.tokenizer.no_truncation()
+    _write_json(folder / "goldens.json", {"goldens": goldens})
+
+
+def _rounded(tensor: torch.Tensor) -> Any:
+    """Values to 8 decimals: beyond fp32's precision for unit vectors, and short to read."""
+    return np.round(tensor.detach().double().numpy(), 8).tolist()
+
+
+def _manifest(
+    folder: Path,
+    checkpoint: Checkpoint,
+    identity: Identity,
+    variants: Sequence[str],
+    reports: Sequence[Report],
+    minimum_cosine: dict[str, float],
+) -> dict[str, Any]:
+    report_of = {report.variant: report for report in reports}
+    uncalibrated = {strategy: asdict(calibration) for strategy, calibration in UNCALIBRATED.items()}
+    return {
+        "format": FORMAT,
+        **asdict(identity),
+        "encoder": {
+            "dim": checkpoint.dim,
+            "max_length": checkpoint.max_length,
+            "pooling": "mean",
+            "normalised": True,
+            "prompt": "",
+        },
+        "variants": [
+            {
+                "id": variant,
+                "runtime": "onnx",
+                **_listed(folder, f"model.{variant}.onnx"),
+                "precision": _PRECISION[variant],
+                "shapes": None,
+                "compute_units": None,
+                "minimum_os": None,
+                "minimum_cosine": minimum_cosine.get(variant, MINIMUM_COSINE[variant]),
+                "calibrated_on": None,
+                "calibration": {"trained": uncalibrated, "custom": uncalibrated},
+                "parity": report_of[variant].measurements(),
+            }
+            for variant in variants
+        ],
+        "default_variant": variants[-1],
+        "tokenizer": _listed(folder, "tokenizer.json"),
+        "agents": _listed(folder, "agents.json"),
+        "goldens": _listed(folder, "goldens.json"),
+        "tools": {name: importlib.metadata.version(name) for name in _TOOLS},
+    }
+
+
+def _calibrate(
+    folder: Path,
+    entry: dict[str, Any],
+    names: Sequence[str],
+    labelled: Sequence[Labelled],
+    false_abstain: float,
+) -> None:
+    """Fit this variant's weights by routing the labelled tasks with the bundle itself."""
+    bundle = Bundle.open(folder)
+    fitted = {}
+    # The bundle's agents taken as if they were a user's own show what descriptions alone can do.
+    for kind, agents in (("trained", None), ("custom", list(bundle.agents))):
+        router = Router.load(bundle, variant=entry["id"], agents=agents)
+        signals = [router.signals(row.task) for row in labelled]
+        fitted[kind] = calibrate(signals, labelled, names, false_abstain)
+    entry["calibration"] = {
+        kind: {
+            strategy: {key: None if value is None else round(value, 5) for key, value in asdict(calibration).items()}
+            for strategy, calibration in by_strategy.items()
+        }
+        for kind, by_strategy in fitted.items()
+    }
+
+
+def _listed(folder: Path, file: str) -> dict[str, Any]:
+    data = (folder / file).read_bytes()
+    return {"file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    content = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    (folder / MANIFEST).write_bytes(content)
+    (folder / MANIFEST_DIGEST).write_bytes(manifest_digest(content))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def _put_in_place(work: Path, out: Path) -> None:
+    """Move the finished folder to its name; an old one goes away only after the new one is whole."""
+    if not out.exists():
+        work.rename(out)
+        return
+    old = work.with_suffix(".old")
+    out.rename(old)
+    try:
+        work.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old)
+    else:
+        old.unlink()

@@ -1,0 +1,99 @@
+"""Fits the weights by which a router turns signals into probabilities, and its thresholds.
+
+Multinomial logistic regression with weights shared by all agents (four numbers), fitted by
+Newton's method on a labelled file that the encoder was not trained on. With the cosine alone it
+is temperature scaling (Guo et al. 2017, arXiv:1706.04599).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle import Calibration
+from edge.evaluate import OUT_OF_SCOPE, Labelled
+from edge.router import Signals, probabilities
+
+# Which of (cosine, matched, first) each strategy may use.
+_FEATURES = {"keyword": (1, 2), "embedding": (0,), "hybrid": (0, 1, 2)}
+# Used where there is no labelled data: rough values for a cosine-trained encoder, no abstaining.
+UNCALIBRATED = {
+    "keyword": Calibration(0.0, 1.0, 2.0, None, 0.0),
+    "embedding": Calibration(14.0, 0.0, 0.0, None, 0.0),
+    "hybrid": Calibration(14.0, 0.5, 0.5, None, 0.0),
+}
+_RIDGE = 1e-3
+
+
+def calibrate(
+    signals: Sequence[Signals], rows: Sequence[Labelled], agents: Sequence[str], false_abstain: float
+) -> dict[str, Calibration]:
+    """Fit every strategy.
+
+    Args:
+        signals: Of each row, by the very variant that is calibrated.
+        rows: The labelled tasks; ``none`` marks those out of scope.
+        agents: Names in the router's order.
+        false_abstain: Share of in-scope tasks that may fall below the threshold.
+
+    Returns:
+        By strategy: ``keyword``, ``embedding`` and ``hybrid``.
+    """
+    position = {name: i for i, name in enumerate([*agents, OUT_OF_SCOPE])}
+    label = np.array([position[row.agent] for row in rows])
+    inside = label < len(agents)
+    features = np.stack([_features(signal) for signal in signals])  # (n, agents + 1, 4)
+    with_rest = bool((~inside).any())
+    if not with_rest:
+        features = features[:, :-1]
+    result = {}
+    for strategy, used in _FEATURES.items():
+        weights = _fit(features, label, [*used, 3] if with_rest else list(used))
+        rest = float(weights[3]) if with_rest else None
+        fitted = Calibration(float(weights[0]), float(weights[1]), float(weights[2]), rest, 0.0)
+        confidence = np.array([probabilities(signal, fitted).max() for signal in signals])
+        threshold = 0.0
+        if with_rest and strategy != "keyword":
+            threshold = float(np.quantile(confidence[inside], false_abstain))
+        result[strategy] = Calibration(fitted.cosine, fitted.matched, fitted.first, rest, round(threshold, 4))
+    return result
+
+
+def _features(signal: Signals) -> NDArray[np.float64]:
+    """(agents + 1, 4): cosine, matched, first, and 1 for the last row, which is "nobody"."""
+    assert signal.cosine is not None
+    count = len(signal.cosine)
+    table = np.zeros((count + 1, 4))
+    table[:count, 0] = signal.cosine
+    table[:count, 1] = [bool(phrases) for phrases in signal.matches.phrases]
+    table[list(signal.matches.first), 2] = 1
+    table[count, 0] = signal.out_of_scope or 0.0
+    table[count, 3] = 1
+    return table
+
+
+def _fit(features: NDArray[np.float64], label: NDArray[np.int64], used: list[int]) -> NDArray[np.float64]:
+    """Maximum-likelihood weights (4,) over the used columns; weights of evidence are never negative."""
+    active = list(used)
+    while True:
+        x = features[:, :, active]
+        weights = np.zeros(len(active))
+        for _ in range(100):
+            logits = x @ weights
+            p = np.exp(logits - logits.max(1, keepdims=True))
+            p /= p.sum(1, keepdims=True)
+            expected = np.einsum("na,naf->nf", p, x)
+            gradient = (x[np.arange(len(x)), label] - expected).sum(0) - _RIDGE * weights
+            second = np.einsum("na,naf,nag->fg", p, x, x) - expected.T @ expected + _RIDGE * np.eye(len(active))
+            step = np.linalg.solve(second, gradient)
+            weights += step * min(1.0, 5.0 / float(np.abs(step).max()))
+            if np.abs(step).max() < 1e-9:
+                break
+        negative = [column for column, weight in zip(active, weights, strict=True) if weight < 0 and column != 3]
+        if not negative:
+            full = np.zeros(4)
+            full[active] = weights
+            return full
+        active = [column for column in active if column not in negative]

@@ -1,0 +1,37 @@
+"""One network from token ids to unit vectors: backbone, masked mean pooling, L2 normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import BertModel
+
+
+class SentenceEncoder(nn.Module):
+    """Backbone with pooling and normalisation inside.
+
+    The additive attention mask is made here as a 4-D tensor and handed to the encoder's layers
+    directly: Hugging Face's own mask helpers trace into graphs that neither ONNX Runtime's fusions
+    nor coremltools understand.
+    """
+
+    def __init__(self, backbone: BertModel) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Embed a padded batch.
+
+        Args:
+            input_ids: (batch, tokens) int64.
+            attention_mask: (batch, tokens) int64; 1 for tokens, 0 for padding.
+
+        Returns:
+            (batch, dim) float32, rows of unit length.
+        """
+        weights = attention_mask.to(torch.float32)
+        additive = (1.0 - weights[:, None, None, :]) * -10000.0
+        embedded = self.backbone.embeddings(input_ids=input_ids, token_type_ids=torch.zeros_like(input_ids))
+        hidden = self.backbone.encoder(embedded, attention_mask=additive)[0]
+        pooled = (hidden * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True).clamp(min=1e-9)
+        return nn.functional.normalize(pooled, dim=1)
