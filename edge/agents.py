@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -106,6 +105,8 @@ def _read(path: Path) -> str:
 
 
 def _from_toml(path: Path, text: str) -> list[tuple[str, Agent]]:
+    import tomllib  # here, since most starts of the router read no TOML
+
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -250,7 +251,7 @@ def _front_matter_value(key: str, inline: str, block: list[str]) -> str | list[s
             whole = " ".join([inline, *stripped])
             if not whole.rstrip().endswith("]"):
                 raise ValueError("the list is not closed; end it with ']'")
-            parts = re.findall(r'"(?:[^"\\]|\\.)*"|\'(?:[^\']|\'\')*\'|[^,]+', whole.rstrip()[1:-1])
+            parts = re.findall(r'\s*("(?:[^"\\]|\\.)*"|\'(?:[^\']|\'\')*\'|[^,]+)', whole.rstrip()[1:-1])
             return [_scalar(part.strip()) for part in parts if part.strip()]
         if inline:
             return [_scalar(part.strip()) for part in inline.split(",") if part.strip()]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -174,7 +173,7 @@ class Bundle:
         folder = default_bundle() if path is None else Path(path)
         if folder.is_dir():
             return cls(_Folder(folder))
-        if folder.is_file() and zipfile.is_zipfile(folder):
+        if folder.is_file():
             return cls(_Zip(folder))
         raise ManifestError(f"{folder}: no bundle here. Give a folder with {MANIFEST} in it, or such a folder zipped.")
 
@@ -276,8 +275,14 @@ class _Folder:
 
 class _Zip:
     def __init__(self, path: Path) -> None:
+        import zipfile  # here, since most bundles are folders and starting up should be quick
+
         self.path = path
-        self._zip = zipfile.ZipFile(path)
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ManifestError(f"{path}: not a whole zip file ({error}). Give a bundle folder or its zip.") from None
+        self._unreadable = (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError)
         roots = [n.removesuffix(MANIFEST) for n in self._zip.namelist() if PurePosixPath(n).name == MANIFEST]
         if not roots:
             raise ManifestError(f"{path}: has no {MANIFEST} in it. Zip a whole bundle folder.")
@@ -292,7 +297,7 @@ class _Zip:
                 return stream.read(_MANIFEST_LIMIT if size is None else size + 1)
         except KeyError:
             raise ChecksumError(f"{self.name(file)}: is missing. {_COPY_AGAIN}") from None
-        except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
+        except self._unreadable as error:
             raise ChecksumError(f"{self.name(file)}: cannot be read ({error}). {_COPY_AGAIN}") from None
 
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 from edge.agents import Agent
 
-_PREFIX = 2  # characters by which phrases are indexed; the shortest useful phrase has two
-
 
 def normalise(text: str) -> str:
     """NFKC, case-folded, white space collapsed: the form in which phrases are compared."""
@@ -75,18 +73,18 @@ class _Phrases:
 
     def __init__(self, owners: dict[str, list[int]]) -> None:
         self._owners = owners
-        self._by_prefix: dict[str, list[str]] = {}
+        self._by_initial: dict[str, list[str]] = {}
         for phrase in sorted(owners, key=len, reverse=True):
-            self._by_prefix.setdefault(phrase[:_PREFIX], []).append(phrase)
+            self._by_initial.setdefault(phrase[:1], []).append(phrase)
 
     def find(self, text: str) -> list[tuple[str, list[int]]]:
-        if not self._by_prefix:
+        if not self._by_initial:
             return []
         found = []
         inside = False  # is the character before this position a word character?
         for position, character in enumerate(text):
             if not inside:
-                for phrase in self._by_prefix.get(text[position : position + _PREFIX], ()):
+                for phrase in self._by_initial.get(character, ()):
                     end = position + len(phrase)
                     if text.startswith(phrase, position) and not (end < len(text) and _is_word(text[end])):
                         found.append((phrase, self._owners[phrase]))

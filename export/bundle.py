@@ -27,7 +27,7 @@ from export.calibrate import UNCALIBRATED, calibrate
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.errors import CheckpointError, ParityError
 from export.onnx import export_fp32, quantise_int8
-from export.parity import MINIMUM_COSINE, Report, Run, compare, parity_texts
+from export.parity import MINIMUM_COSINE, Reference, Report, Run, parity_texts
 from export.wrapper import SentenceEncoder
 
 VARIANTS = ("fp32", "int8")
@@ -36,6 +36,7 @@ _PRECISION = {
     "int8": "int8 weights per channel, uint8 activations scaled per tensor at run time, int8 embedding rows",
 }
 _GOLDENS = 20
+_MOST_KEPT = 3  # down-projections left in fp32 at most; further ones bring little for their bytes
 _TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
 
 
@@ -95,7 +96,9 @@ def build_bundle(
     if not variants:
         raise InputError("no variants asked for. Give at least one.")
     if out.exists() and not replace:
-        raise InputError(f"{out}: exists already. Choose another folder, or give --force to replace it.")
+        raise InputError(f"{out}: exists already. Choose another folder, or give --force to replace a bundle.")
+    if out.exists() and not (out / MANIFEST).exists():
+        raise InputError(f"{out}: exists and is no bundle, so it is not replaced. Choose another folder.")
     steps = tqdm(total=3 + 3 * len(variants), disable=quiet, unit="step")
     steps.set_description("load checkpoint")
     checkpoint = load_checkpoint(checkpoint_folder)
@@ -116,15 +119,17 @@ def build_bundle(
         fp32 = work / "model.fp32.onnx"
         export_fp32(model, fp32)
         steps.update()
+        steps.set_description("run torch")
+        reference = Reference(checkpoint, model)
         reports = []
         for variant in ("fp32", *(v for v in variants if v != "fp32")):
             path = work / f"model.{variant}.onnx"
             steps.set_description(f"parity {variant}")
             bound = (minimum_cosine or {}).get(variant, MINIMUM_COSINE[variant])
             if variant == "fp32":
-                reports.append(compare(checkpoint, model, _runner(path), variant, bound))
+                reports.append(reference.compare(_runner(path), variant, bound))
             else:
-                reports.append(_quantise(checkpoint, model, fp32, path, bound))
+                reports.append(_quantise(reference, fp32, path, bound))
             if variant in variants:
                 steps.update(2)
         failed = [report for report in reports if report.failures]
@@ -162,12 +167,11 @@ def build_bundle(
     return reports
 
 
-def _quantise(checkpoint: Checkpoint, model: SentenceEncoder, fp32: Path, path: Path, bound: float) -> Report:
+def _quantise(reference: Reference, fp32: Path, path: Path, bound: float) -> Report:
     """Make the smallest int8 graph that meets the bound, or the most precise one if none does."""
-    layers = int(checkpoint.backbone.config.num_hidden_layers)
-    for keep in range(layers + 1):
+    for keep in range(_MOST_KEPT + 1):
         quantise_int8(fp32, path, keep)
-        report = compare(checkpoint, model, _runner(path), "int8", bound)
+        report = reference.compare(_runner(path), "int8", bound)
         if not report.failures:
             break
     return report
@@ -198,7 +202,7 @@ def _write_parts(folder: Path, checkpoint: Checkpoint, model: SentenceEncoder, a
     )
     goldens = []
     checkpoint.tokenizer.enable_truncation(checkpoint.max_length)
-    for text in parity_texts()[:_GOLDENS]:
+    for text in parity_texts("tasks")[:_GOLDENS]:
         ids = checkpoint.tokenizer.encode(text).ids
         with torch.no_grad():
             vector = model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))[0]
@@ -307,7 +311,4 @@ def _put_in_place(work: Path, out: Path) -> None:
     except OSError:
         old.rename(out)
         raise
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old)
-    else:
-        old.unlink()
+    shutil.rmtree(old)

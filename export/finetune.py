@@ -7,8 +7,10 @@ similarities:
 * a triplet margin loss (Schroff et al. 2015, arXiv:1503.03832), margin 0.5, whose negative is the
   agent that the author noted as the tempting wrong one, or else the nearest wrong prototype.
 
-A third term keeps the batch's pairwise similarities near those of the base model, so that the
-vectors stay useful for retrieval and for agents that were never trained.
+A third term keeps the encoder from collapsing into one point per agent. It pulls the batch's
+pairwise similarities to those of a vector that is the base model's beside a one-hot label, in fixed
+shares: ``(1 - s) * base + s * [same agent]``. What a text is about stays in its vector, which
+retrieval and agents that were never trained live on.
 """
 
 from __future__ import annotations
@@ -63,6 +65,10 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
     Raises:
         RecipeError: Data or base weights are not what the recipe says.
     """
+    if out.exists() and not (out / "metrics.json").exists():
+        raise RecipeError(
+            f"{out}: exists and is no checkpoint of an earlier training. Choose another folder for --out."
+        )
     agents = load_agents(recipe.resolve(recipe.agents))
     names = [agent.name for agent in agents]
     dataset = load_dataset(recipe, names)
@@ -98,7 +104,6 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, settings.warmup))
     epochs: list[dict[str, float]] = []
     best = -1.0
-    out.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     for epoch in range(settings.epochs):
         started = time.monotonic()
@@ -116,7 +121,7 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
             optimizer.step()
             schedule.step()
             for name, value in {"loss": loss, **terms}.items():
-                sums[name] += float(value)
+                sums[name] += float(value.detach())
             bar.set_postfix(loss=f"{sums['loss'] / step:.3f}")
         head = _head(names, prototypes)
         measured = {name: value / len(batches) for name, value in sums.items()}
@@ -145,7 +150,8 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
     }
     (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     _plot(partial / "training.png", epochs)
-    shutil.rmtree(out)
+    if out.exists():
+        shutil.rmtree(out)
     partial.rename(out)
     return metrics
 
@@ -236,7 +242,9 @@ def _losses(
     rival = torch.where(near >= 0, cosine.gather(1, near.clamp(min=0)[:, None]).squeeze(1), others.max(1).values)
     triplet = (nn.functional.relu(settings.margin + rival - own) * weight).sum()
     base = rows.base[index]
-    retention = nn.functional.mse_loss(vectors @ vectors.T, base @ base.T)
+    share = settings.label_share
+    target = (1 - share) * (base @ base.T) + share * (label[:, None] == label[None, :]).float()
+    retention = nn.functional.mse_loss(vectors @ vectors.T, target)
     return {"infonce": infonce, "triplet": triplet, "retention": retention}
 
 

@@ -58,7 +58,8 @@ class Train:
     temperature: float = 0.07  # InfoNCE over the agents' prototypes
     triplet_weight: float = 1.0
     margin: float = 0.5
-    retention_weight: float = 0.0  # keeps in-batch similarities near the base model's
+    retention_weight: float = 0.0  # keeps in-batch similarities near a mixture of base model and label
+    label_share: float = 0.35  # the label's share in that mixture
     gradient_clip: float = 1.0
     seed: int = 0
 
