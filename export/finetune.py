@@ -100,7 +100,9 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
         ],
         weight_decay=settings.weight_decay,
     )
-    total = settings.epochs * math.ceil(len(rows.ids) / settings.batch_size)
+    authored = len(dataset.train)
+    drawn = authored + int(recipe.commits.share * (len(examples) - authored))
+    total = settings.epochs * math.ceil(drawn / settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, settings.warmup))
     epochs: list[dict[str, float]] = []
     best = -1.0
@@ -109,7 +111,7 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
         started = time.monotonic()
         model.train()
         sums = {"loss": 0.0, "infonce": 0.0, "triplet": 0.0, "retention": 0.0}
-        batches = list(_batches(rows, settings, epoch))
+        batches = list(_batches(rows, authored, drawn, settings, epoch))
         bar = tqdm(batches, desc=f"epoch {epoch + 1}/{settings.epochs}", disable=quiet, unit="batch")
         for step, index in enumerate(bar, 1):
             terms = _losses(model, prototypes, rows, index, settings)
@@ -207,10 +209,13 @@ def _initial_prototypes(
     return nn.functional.normalize(torch.stack(means), dim=1)
 
 
-def _batches(rows: _Rows, settings: Train, epoch: int) -> Iterator[torch.Tensor]:
-    """Shuffled batches of similar lengths: sorted within windows of 32 batches, then shuffled."""
+def _batches(rows: _Rows, authored: int, drawn: int, settings: Train, epoch: int) -> Iterator[torch.Tensor]:
+    """All authored rows and a sample of the rest, ``drawn`` in all, in batches of similar lengths.
+
+    Rows are shuffled, sorted by length within windows of 32 batches, and the batches shuffled.
+    """
     generator = random.Random(settings.seed * 1000 + epoch)  # noqa: S311
-    order = list(range(len(rows.ids)))
+    order = [*range(authored), *generator.sample(range(authored, len(rows.ids)), drawn - authored)]
     generator.shuffle(order)
     window = settings.batch_size * 32
     batches = []

@@ -40,6 +40,7 @@ class Commits:
     """Weakly labelled commit subjects: not part of the repository, handed in as a file."""
 
     weight: float = 0.0  # loss weight of one subject; 0 trains without them
+    share: float = 1.0  # share of the subjects that an epoch draws
     sha256: str = ""  # of the file the shipped checkpoint was trained with
     repositories: tuple[str, ...] = ()  # where the subjects come from
 
