@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -62,7 +63,9 @@ class Variant:
     Attributes:
         id: Name within the bundle, such as ``int8``.
         runtime: ``onnx`` or ``coreml``.
-        model: The model file.
+        model: The model file; for ``onnx`` the graph.
+        weights: The graph's weights as ONNX external data, which is mapped and not copied; None if
+            the model file holds them.
         precision: How weights and activations are held.
         minimum_cosine: Bound on the cosine to the fp32 vectors that the exporter enforced.
         calibration: By ``trained`` (the bundle's own agents) or ``custom``, then by strategy.
@@ -74,11 +77,17 @@ class Variant:
     id: str
     runtime: str
     model: File
+    weights: File | None
     precision: str
     minimum_cosine: float
     calibration: Mapping[str, Mapping[str, Calibration]]
     calibrated_on: str | None
     parity: Mapping[str, float]
+
+    @property
+    def bytes(self) -> int:
+        """Size of graph and weights."""
+        return self.model.bytes + (self.weights.bytes if self.weights else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +132,7 @@ class Bundle:
                 f"short. {_COPY_AGAIN}"
             )
         where = source.name(MANIFEST)
-        try:
-            document = json.loads(raw)
-        except ValueError as error:
-            raise ManifestError(f"{where}: not valid JSON ({error}). {_COPY_AGAIN}") from None
-        manifest = _Table(document, where)
+        manifest = _Table(_json(raw, where), where)
         version = manifest.integer("format")
         if version != FORMAT:
             raise VersionError(
@@ -156,7 +161,7 @@ class Bundle:
         self.id = hashlib.sha256(raw).hexdigest()
         self.tokenizer = content["tokenizer"]
         self._load_agents(content["agents"])
-        self._load_goldens(content["goldens"])
+        self._goldens = content["goldens"]
 
     @classmethod
     def open(cls, path: str | Path | None = None) -> Bundle:
@@ -197,12 +202,33 @@ class Bundle:
             ChecksumError: It is missing, has changed, was cut short or is a link.
         """
         data = self._source.read(file.file, file.bytes)
-        if len(data) != file.bytes or hashlib.sha256(data).hexdigest() != file.sha256:
+        self._check(file, len(data), hashlib.sha256(data).hexdigest())
+        return data
+
+    def locate(self, file: File) -> Path | bytes:
+        """Check a file and say where it can be mapped from; out of a zip, its content.
+
+        Raises:
+            ChecksumError: As for :meth:`read`.
+        """
+        if isinstance(self._source, _Zip):
+            return self.read(file)
+        path = self._source.locate(file.file)
+        try:
+            with path.open("rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                digest = hashlib.file_digest(stream, "sha256").hexdigest() if size == file.bytes else ""
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        self._check(file, size, digest)
+        return path
+
+    def _check(self, file: File, size: int, digest: str) -> None:
+        if size != file.bytes or digest != file.sha256:
             raise ChecksumError(
-                f"{self._source.name(file.file)}: has changed or was cut short (sha256 differs, {len(data)} bytes, "
+                f"{self._source.name(file.file)}: has changed or was cut short (sha256 differs, {size} bytes, "
                 f"{file.bytes} expected). {_COPY_AGAIN}"
             )
-        return data
 
     def _load_agents(self, data: bytes) -> None:
         where = self._source.name(self.files["agents"].file)
@@ -219,16 +245,17 @@ class Bundle:
                 _matrix(head.items("out_of_scope"), (self.encoder.dim,), where),
             )
 
-    def _load_goldens(self, data: bytes) -> None:
+    def goldens(self) -> list[Golden]:
+        """Parse the goldens; routing needs none, so they are parsed when they are asked for."""
         where = self._source.name(self.files["goldens"].file)
         goldens = []
-        for row in _Table(_json(data, where), where).tables("goldens"):
+        for row in _Table(_json(self._goldens, where), where).tables("goldens"):
             ids = row.items("ids")
             if not all(isinstance(item, int) for item in ids):
                 raise ManifestError(f"{where}: ids must be integers. {_COPY_AGAIN}")
             vector = _matrix(row.items("vector"), (self.encoder.dim,), where)
             goldens.append(Golden(row.string("text"), tuple(ids), vector))
-        self.goldens = tuple(goldens)
+        return goldens
 
 
 def default_bundle() -> Path:
@@ -257,20 +284,28 @@ class _Folder:
     def name(self, file: str) -> str:
         return str(self.path / file)
 
-    def read(self, file: str, size: int | None) -> bytes:
+    def locate(self, file: str) -> Path:
         path = self.path
         for part in _safe(file).parts:
             path = path / part
             if path.is_symlink():
                 raise ChecksumError(f"{path}: is a link; a bundle holds plain files only. {_COPY_AGAIN}")
+        return path
+
+    def read(self, file: str, size: int | None) -> bytes:
+        path = self.locate(file)
         try:
             with path.open("rb") as stream:
                 # One byte more than listed shows that a file has grown without reading all of it.
                 return stream.read(_MANIFEST_LIMIT if size is None else size + 1)
-        except FileNotFoundError:
-            raise ChecksumError(f"{path}: is missing. {_COPY_AGAIN}") from None
         except OSError as error:
-            raise ChecksumError(f"{path}: cannot be read ({error.strerror}). {_COPY_AGAIN}") from None
+            raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> ChecksumError:
+    if isinstance(error, FileNotFoundError):
+        return ChecksumError(f"{path}: is missing. {_COPY_AGAIN}")
+    return ChecksumError(f"{path}: cannot be read ({error.strerror}). {_COPY_AGAIN}")
 
 
 class _Zip:
@@ -364,6 +399,7 @@ def _variant(table: _Table) -> Variant:
         id=table.string("id"),
         runtime=table.string("runtime"),
         model=_file(table),
+        weights=None if table.values.get("weights") is None else _file(table.table("weights")),
         precision=table.string("precision"),
         minimum_cosine=table.number("minimum_cosine"),
         calibration={
@@ -395,5 +431,5 @@ def _matrix(values: list[Any], shape: tuple[int, ...], where: str) -> NDArray[np
 def _json(data: bytes, where: str) -> Any:
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{where}: not valid JSON ({error}). {_COPY_AGAIN}") from None

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def run() -> NoReturn:
+    """Entry point of the command: :func:`main`, then leave at once.
+
+    Taking the interpreter and the session down in order takes as long as routing several tasks.
+    """
+    status = main()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        status = 1
+    os._exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -272,7 +286,7 @@ def _inspect(options: argparse.Namespace) -> int:
         "default_variant": bundle.default_variant,
         "agents": [agent.name for agent in bundle.agents],
         "head": "trained prototypes" if bundle.head else "prototypes from descriptions and examples",
-        "goldens": len(bundle.goldens),
+        "goldens": len(bundle.goldens()),
         "tools": bundle.tools,
     }
     if options.json:
@@ -285,11 +299,11 @@ def _inspect(options: argparse.Namespace) -> int:
     print(f"  encoder    {spec.dim} values, up to {spec.max_length} tokens, {spec.pooling} pooling, unit length")
     print(f"  agents     {len(bundle.agents)}: {', '.join(agent.name for agent in bundle.agents)}")
     print(f"  head       {summary['head']}")
-    print(f"  goldens    {len(bundle.goldens)}")
+    print(f"  goldens    {len(bundle.goldens())}")
     for variant in bundle.variants:
         default = ", default" if variant.id == bundle.default_variant else ""
         print(f"  variant    {variant.id} ({variant.runtime}{default}): {variant.precision}")
-        size = f"{variant.model.bytes / 1e6:.1f} MB"
+        size = f"{variant.bytes / 1e6:.1f} MB"
         print(f"             {variant.model.file}, {size}, cosine to fp32 >= {variant.minimum_cosine}")
         print(f"             confidence calibrated on: {variant.calibrated_on or 'nothing; not a probability'}")
     print(f"  made with  {', '.join(f'{name} {version}' for name, version in bundle.tools.items())}")
@@ -313,4 +327,4 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

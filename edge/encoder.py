@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,19 +39,13 @@ class Encoder:
     it never does.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, tokenizer: Tokenizer | None = None) -> None:
         """Join a bundle's tokenizer and a back end; :meth:`load` does so with ONNX Runtime."""
         self.dim = bundle.encoder.dim
         self.max_length = bundle.encoder.max_length
         self._prompt = bundle.encoder.prompt
         self._backend = backend
-        try:
-            self._tokenizer: Tokenizer = Tokenizer.from_buffer(bundle.tokenizer)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ManifestError(
-                f"{bundle.path}: the tokenizer cannot be loaded ({error}). Install a version of tokenizers from this "
-                "package's tested range."
-            ) from None
+        self._tokenizer = _load_tokenizer(bundle) if tokenizer is None else tokenizer
         self._tokenizer.enable_truncation(self.max_length)
         self._special = self._tokenizer.num_special_tokens_to_add(False)
 
@@ -76,7 +71,16 @@ class Encoder:
             BackendError: Its model cannot run here.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        return cls(opened, OnnxBackend(opened, opened.variant(variant), device=device, threads=threads))
+        # Hashing the weights leaves the interpreter free, so the tokenizer loads meanwhile.
+        loading: list[Tokenizer | ManifestError] = []
+        thread = threading.Thread(target=lambda: loading.append(_tokenizer_or_error(opened)), daemon=True)
+        thread.start()
+        backend = OnnxBackend(opened, opened.variant(variant), device=device, threads=threads)
+        thread.join()
+        tokenizer = loading[0]
+        if isinstance(tokenizer, ManifestError):
+            raise tokenizer
+        return cls(opened, backend, tokenizer)
 
     def tokenize(self, text: str) -> Tokens:
         """Token ids of a text, cut to the maximum length. Lone surrogates count as U+FFFD."""
@@ -107,6 +111,23 @@ class Encoder:
             raise InputError("encode takes a collection of texts. Put the string into a list.")
         rows = [self.encode_tokens(self.tokenize(text)) for text in texts]
         return np.stack(rows) if rows else np.empty((0, self.dim), dtype=np.float32)
+
+
+def _load_tokenizer(bundle: Bundle) -> Tokenizer:
+    try:
+        return Tokenizer.from_buffer(bundle.tokenizer)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ManifestError(
+            f"{bundle.path}: the tokenizer cannot be loaded ({error}). Install a version of tokenizers from this "
+            "package's tested range."
+        ) from None
+
+
+def _tokenizer_or_error(bundle: Bundle) -> Tokenizer | ManifestError:
+    try:
+        return _load_tokenizer(bundle)
+    except ManifestError as error:
+        return error
 
 
 def clean(text: str) -> str:

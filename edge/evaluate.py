@@ -105,7 +105,7 @@ def read_labelled(path: str | Path, agents: Iterable[str]) -> list[Labelled]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not valid JSON ({error}). Write one object a line.") from None
         task = row.get("task") if isinstance(row, dict) else None
         agent = row.get("agent") if isinstance(row, dict) else None

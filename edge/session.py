@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from edge.bundle import Bundle, Variant
 from edge.errors import BackendError, OutputError, ProviderUnavailable
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class Backend(Protocol):
@@ -49,13 +52,17 @@ class OnnxBackend:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        graph = bundle.read(variant.model)
+        if variant.weights is not None:
+            weights = bundle.locate(variant.weights)
+            if isinstance(weights, bytes):
+                name = PurePosixPath(variant.weights.file).name
+                options.add_external_initializers_from_files_in_memory([name], [weights], [len(weights)])
+            else:
+                # Mapped by ONNX Runtime: no copy, and processes share the pages.
+                options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights.parent))
         try:
-            # From the very bytes whose hash was checked, so that nothing can change in between.
-            self._session = ort.InferenceSession(
-                bundle.read(variant.model), options, providers=["CPUExecutionProvider"]
-            )
-        except BackendError:
-            raise
+            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             if not type(error).__module__.startswith("onnxruntime"):
                 raise

@@ -26,7 +26,7 @@ from edge.router import Router
 from export.calibrate import UNCALIBRATED, calibrate
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.errors import CheckpointError, ParityError
-from export.onnx import export_fp32, quantise_int8
+from export.onnx import export_fp32, quantise_int8, weights_path
 from export.parity import MINIMUM_COSINE, Reference, Report, Run, parity_texts
 from export.wrapper import SentenceEncoder
 
@@ -113,7 +113,6 @@ def build_bundle(
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
-        work.chmod(0o755)
         steps.update()
         steps.set_description("export fp32")
         fp32 = work / "model.fp32.onnx"
@@ -141,6 +140,7 @@ def build_bundle(
             )
         if "fp32" not in variants:
             fp32.unlink()
+            weights_path(fp32).unlink()
         steps.set_description("goldens and calibration")
         _write_parts(work, checkpoint, model, agents)
         manifest = _manifest(work, checkpoint, identity, variants, reports, minimum_cosine or {})
@@ -159,6 +159,8 @@ def build_bundle(
                 raise ParityError(
                     f"the finished bundle fails its own check. Nothing was written. {check.name}", check.detail
                 )
+        for path in (work, *work.iterdir()):  # temporary files are private; a bundle is not
+            path.chmod(0o755 if path.is_dir() else 0o644)
         _put_in_place(work, out)
         steps.update()
     finally:
@@ -241,6 +243,7 @@ def _manifest(
                 "id": variant,
                 "runtime": "onnx",
                 **_listed(folder, f"model.{variant}.onnx"),
+                "weights": _listed(folder, f"model.{variant}.bin"),
                 "precision": _PRECISION[variant],
                 "shapes": None,
                 "compute_units": None,

@@ -28,7 +28,7 @@ OUTPUT = "sentence_embedding"  # "embedding" collides with an internal name of t
 
 
 def export_fp32(model: SentenceEncoder, path: Path) -> None:
-    """Write the encoder as one fp32 graph with attention, layer norms and GELU fused.
+    """Write the encoder as one fp32 graph, weights beside it, with attention, layer norms and GELU fused.
 
     Inputs ``input_ids`` and ``attention_mask``, int64 (batch, tokens), both axes symbolic; output
     ``sentence_embedding``, float32 (batch, dim), unit rows.
@@ -59,6 +59,7 @@ def export_fp32(model: SentenceEncoder, path: Path) -> None:
         save(fused[0] if isinstance(fused, tuple) else fused, path)
     graph = onnx.load(path)
     onnx.checker.check_model(graph, full_check=False)
+    save_with_weights(graph, path)
     _assert_symbolic(graph)
     layers = int(model.backbone.config.num_hidden_layers)
     counts = operators(graph)
@@ -85,6 +86,7 @@ def quantise_int8(source: Path, target: Path, keep: int = 0) -> None:
     Raises:
         ToolchainError: A matrix product or the table was left in fp32 that should not have been.
     """
+    import onnxruntime as ort
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph = onnx.load(source)
@@ -108,13 +110,40 @@ def quantise_int8(source: Path, target: Path, keep: int = 0) -> None:
             )
     finally:
         middle.unlink()
-    quantised = onnx.load(target)
+    # Fuse now what ONNX Runtime would fuse at every start. "Extended" depends on the CPU provider,
+    # not on the CPU.
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(middle)
+    ort.InferenceSession(target, options, providers=["CPUExecutionProvider"])
+    quantised = onnx.load(middle)
+    middle.unlink()
     _assert_symbolic(quantised)
-    done = operators(quantised)["MatMulInteger"]
+    save_with_weights(quantised, target)
+    counts = operators(quantised)
+    done = counts["DynamicQuantizeMatMul"] + counts["MatMulIntegerToFloat"]
     if done != len(products) - keep or done == 0:
         raise ToolchainError(
             f"{done} of {len(products)} matrix products were quantised. Install the tested onnxruntime."
         )
+
+
+def weights_path(path: Path) -> Path:
+    """Where the weights of the graph at ``path`` are."""
+    return path.with_suffix(".bin")
+
+
+def save_with_weights(graph: onnx.ModelProto, path: Path) -> None:
+    """Write a graph, and its weights to a file beside it, from where a runtime can map them."""
+    weights_path(path).unlink(missing_ok=True)  # onnx would append
+    onnx.save(
+        graph,
+        path,
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=weights_path(path).name,
+        size_threshold=1024,
+    )
 
 
 def operators(graph: onnx.ModelProto) -> Counter[str]:

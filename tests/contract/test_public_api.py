@@ -27,7 +27,7 @@ def run(program: str, cwd: Path) -> str:
 
 
 def test_exports_are_exactly_these() -> None:
-    assert sorted(edge.__all__) == [
+    assert edge.__all__ == [
         "STRATEGIES",
         "Agent",
         "AgentError",

@@ -102,7 +102,7 @@ def test_padding_changes_nothing_where_the_graph_allows_it(bundle: Bundle, paddi
     """The runtime never pads. A padded run of the int8 graph still stays near, as parity measured."""
     variant = bundle.variant()
     backend = OnnxBackend(bundle, variant)
-    for golden in bundle.goldens[:8]:
+    for golden in bundle.goldens()[:8]:
         ids = np.array([[*golden.ids, *[0] * padding]], dtype=np.int64)
         mask = np.array([[1] * len(golden.ids) + [0] * padding], dtype=np.int64)
         vector = backend.run(ids, mask)[0]
@@ -151,24 +151,25 @@ def test_custom_agents_need_no_training(tmp_path: Path) -> None:
     path.write_text(
         """
         [[agents]]
-        name = "gardener"
-        description = "Plants, soil, watering and pruning in the garden."
+        name = "dba"
+        description = "Postgres schema, indexes, slow queries, vacuum, replication."
 
         [[agents]]
-        name = "cook"
-        description = "Recipes, ingredients, cooking and baking."
-        examples = ["how long do I boil an egg?", "a sauce for pasta"]
+        name = "mobile"
+        description = "iOS and Android apps, Swift, Kotlin, app store releases."
+        examples = ["push notifications do not arrive on the phone"]
 
         [[agents]]
-        name = "banker"
-        description = "Accounts, loans, interest and payments."
-        keywords = ["mortgage"]
+        name = "ml"
+        description = "Training and evaluating machine learning models, datasets, GPUs."
+        keywords = ["classifier"]
         """
     )
     router = Router.load(agents=path)
-    answers = router.route_many(["when do I prune roses?", "bake a chocolate cake", "mortgage for a new house"])
-    assert [decision.ranking[0].id for decision in answers] == ["gardener", "cook", "banker"]
-    assert answers[2].matched == ("mortgage",)
+    tasks = ["add an index on orders.created_at", "back button on android closes the app", "fine-tune the classifier"]
+    answers = router.route_many(tasks)
+    assert [decision.ranking[0].id for decision in answers] == ["dba", "mobile", "ml"]
+    assert answers[2].matched == ("classifier",)
     one = Router.load(agents=[Agent("only", "Does everything.")]).route("anything at all")
     assert (one.ranking[0].id, one.margin) == ("only", 0.0)
 
