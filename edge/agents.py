@@ -195,6 +195,10 @@ def _agent(record: Any, entry: str, place: Any) -> Agent:
             values[key] = value.strip()
     if not values.get("name"):
         raise AgentError(f"{place('name')}: the agent has no name. Give it a unique, non-empty name.")
+    if not values["name"].isprintable():
+        raise AgentError(
+            f"{place('name')}: the name {values['name']!r} has characters that cannot be printed. Rename it."
+        )
     if not (values.get("description") or values.get("examples")):
         raise AgentError(
             f"{entry}: agent {values['name']!r} has neither description nor examples. "
@@ -259,6 +263,8 @@ def _front_matter_value(key: str, inline: str, block: list[str]) -> str | list[s
         if not all(line.startswith("-") for line in items):
             raise ValueError("write each item as '- item'")
         return [_scalar(line[1:].strip()) for line in items]
+    if key == "name" and inline.startswith(("[", "{")):
+        raise ValueError("the name must be text")
     if re.fullmatch(r"[|>][+-]?\d*", inline):
         separator = "\n" if inline.startswith("|") else " "
         return separator.join(stripped).strip()
@@ -268,12 +274,20 @@ def _front_matter_value(key: str, inline: str, block: list[str]) -> str | list[s
 def _scalar(value: str) -> str:
     if value[:1] == '"':
         try:
-            parsed = json.loads(value, strict=False)
+            parsed, end = json.JSONDecoder(strict=False).raw_decode(value)
         except json.JSONDecodeError:
             raise ValueError("the double quotes are not closed, or an escape is wrong") from None
+        _only_comment(value[end:])
         return str(parsed)
     if value[:1] == "'":
-        if len(value) < 2 or not value.endswith("'"):
+        quoted = re.match(r"'((?:[^']|'')*)'", value)
+        if quoted is None:
             raise ValueError("the single quotes are not closed")
-        return value[1:-1].replace("''", "'")
+        _only_comment(value[quoted.end() :])
+        return quoted.group(1).replace("''", "'")
     return value
+
+
+def _only_comment(rest: str) -> None:
+    if rest.strip() and not re.match(r"\s+#", rest):
+        raise ValueError("there is text after the closing quote")

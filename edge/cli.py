@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # flushing into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk behind standard output, for example
+        print(f"ruvltra: {error}. Free the resource or direct the output elsewhere.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -46,12 +50,16 @@ def run() -> NoReturn:
 
     Taking the interpreter and the session down in order takes as long as routing several tasks.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where the caller has closed it
+            stream.reconfigure(errors="backslashreplace")
     status = main()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
-        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            status = 1
     os._exit(status)
 
 
@@ -140,6 +148,8 @@ def _texts(arguments: Sequence[str]) -> Iterator[str]:
         if argument != "-":
             yield clean(argument)
             continue
+        if sys.stdin is None:
+            raise InputError("standard input is closed. Pipe texts into it, or give them as arguments.")
         for line in sys.stdin.buffer:
             yield line.decode("utf-8", "replace").rstrip("\r\n")
 

@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = getattr(error, "report", "")
         print(f"{report}\n" * bool(report) + f"ruvltra-export: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, for example; what was begun has been removed
+        print(f"ruvltra-export: {error}. Free the resource or choose another folder.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("ruvltra-export: interrupted; nothing half-done was left", file=sys.stderr)
         return 130

@@ -81,6 +81,8 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
             )
         examples += load_commits(commits, recipe, names, dataset)
     settings = recipe.train
+    if settings.epochs < 1:
+        raise RecipeError(f"{recipe.path}: train: epochs must be at least 1. Correct it.")
     torch.manual_seed(settings.seed)
     checkpoint = load_checkpoint(recipe.base_folder())
     model = SentenceEncoder(checkpoint.backbone)
@@ -106,7 +108,6 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, settings.warmup))
     epochs: list[dict[str, float]] = []
     best = -1.0
-    partial = out.with_name(out.name + ".partial")
     for epoch in range(settings.epochs):
         started = time.monotonic()
         model.train()
@@ -134,7 +135,8 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
             tqdm.write(f"epoch {epoch + 1}: " + "  ".join(f"{k} {v:.4f}" for k, v in measured.items()))
         if measured["dev_accuracy"] > best:
             best = measured["dev_accuracy"]
-            save_checkpoint(partial, checkpoint, head)
+            best_weights = {name: value.clone() for name, value in checkpoint.backbone.state_dict().items()}
+            best_head = head
     best_epoch = max(range(len(epochs)), key=lambda i: (epochs[i]["dev_accuracy"], -i))
     metrics: dict[str, Any] = {
         "recipe": recipe.name,
@@ -150,11 +152,17 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
         "best_epoch": best_epoch + 1,
         "epochs": epochs,
     }
-    (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    _plot(partial / "training.png", epochs)
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    checkpoint.backbone.load_state_dict(best_weights)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        save_checkpoint(partial, checkpoint, best_head)
+        (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        _plot(partial / "training.png", epochs)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return metrics
 
 

@@ -117,6 +117,18 @@ def test_streaming_answers_before_the_input_ends() -> None:
         assert process.wait(60) == 0
 
 
+def test_closed_and_full_streams_are_clear_errors() -> None:
+    command = f"{sys.executable} -m edge.cli route --json"
+    closed = subprocess.run(f"{command} - <&-", shell=True, capture_output=True, cwd=ROOT, timeout=60)
+    assert closed.returncode == 1
+    assert closed.stderr.startswith(b"ruvltra: standard input is closed.")
+    full = subprocess.run(
+        f"{command} 'fix the crash' > /dev/full", shell=True, capture_output=True, cwd=ROOT, timeout=60
+    )
+    assert full.returncode == 1
+    assert full.stderr.startswith(b"ruvltra: [Errno 28]")
+
+
 def test_a_reader_that_goes_away_is_no_crash() -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "edge.cli", "route", "--json", "-"],

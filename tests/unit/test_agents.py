@@ -91,7 +91,8 @@ def test_markdown_folder_as_claude_code_has_it(tmp_path: Path) -> None:
     write(
         tmp_path,
         "deploy.md",
-        '---\nname: "deployer"\ndescription: >\n  Ships builds\n  to production.\ntype: swarm\npriority: high\n'
+        '---\nname: "deployer"  # a comment\ndescription: >\n  Ships builds\n  to production.\n'
+        "type: swarm\npriority: high\n"
         "hooks:\n  pre: |\n    echo: hello\nkeywords:\n  - deploy\n  - 'roll back'\nexamples: [ship it, \"go, live\"]\n"
         "---\nbody\n",
     )
@@ -111,6 +112,9 @@ def test_markdown_folder_as_claude_code_has_it(tmp_path: Path) -> None:
         ("---\nname: x\nname: y\n---\n", 3, "occurs twice"),
         ("---\nname: x\ndescripton: y\n---\n", 3, "unknown field 'descripton'"),
         ("---\nname:\ndescription: y\n---\n", 2, "no name"),
+        ("---\nname: [x]\ndescription: y\n---\n", 2, "must be text"),
+        ("---\nname: 'x' y\ndescription: y\n---\n", 2, "after the closing quote"),
+        ('---\nname: "a\\nb"\ndescription: y\n---\n', 2, "cannot be printed"),
         ('---\nname: x\ndescription: "half\n---\n', 3, "quotes are not closed"),
         ("---\nname: x\ndescription: y\nkeywords: [a, b\n---\n", 4, "not closed"),
     ],
