@@ -27,8 +27,10 @@ from edge.errors import AgentError
 _FOREIGN_FIELDS = frozenset(
     "tools disallowedTools model permissionMode maxTurns skills mcpServers hooks memory background effort isolation "
     "color initialPrompt type version category capabilities priority complexity autonomous metadata tags author "
-    "created updated triggers constraints behavior communication integration optimization specialization".split()
+    "created updated triggers constraints behavior communication integration optimization specialization "
+    "sparc_phase adr_references requires platform platforms extends singleton temperature when_to_use".split()
 )
+RESERVED = "none"  # the label of tasks that no agent should take
 _LIST_FIELDS = ("keywords", "negatives", "examples")
 
 
@@ -63,9 +65,11 @@ def load_agents(path: str | Path) -> list[Agent]:
         AgentError: The file is missing or broken, a field is unknown or of the wrong type, a
             name is empty or occurs twice. The message names file and line.
     """
+    if not str(path):
+        raise AgentError("the path of the agents is empty. Give a file or folder to --agents.")
     path = Path(path)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*.md") if p.name.lower() != "readme.md")
+        files = sorted(p for p in path.rglob("*.md") if p.is_file() and p.name.lower() != "readme.md")
         if not files:
             raise AgentError(f"{path}: no Markdown files in this folder. Add one .md file per agent.")
         located = [_from_markdown(file, _read(file)) for file in files]
@@ -82,17 +86,41 @@ def load_agents(path: str | Path) -> list[Agent]:
             )
     if not located:
         raise AgentError(f"{path}: no agents in this file. Add at least one [[agents]] table with a name.")
+    return _unique(located)
+
+
+def agents_from_records(records: Iterable[Mapping[str, Any]], where: str) -> list[Agent]:
+    """Check plain records (as in a bundle's ``agents.json``) and turn them into agents.
+
+    Raises:
+        AgentError: As for :func:`load_agents`; ``where`` stands for file and line.
+    """
+    return _unique([(where, _agent(record, where, lambda _field: where)) for record in records])
+
+
+def check_agents(agents: Iterable[Agent]) -> tuple[Agent, ...]:
+    """Hold agents made in Python to the rules of the files.
+
+    Raises:
+        AgentError: A name is empty, reserved or occurs twice, or a field is of the wrong type.
+    """
+    records = [
+        {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in ((name, getattr(agent, name)) for name in _FIELDS)
+        }
+        for agent in agents
+    ]
+    return tuple(agents_from_records(records, "agents"))
+
+
+def _unique(located: list[tuple[str, Agent]]) -> list[Agent]:
     first: dict[str, str] = {}
     for place, agent in located:
         if agent.name in first:
             raise AgentError(f"{place}: agent {agent.name!r} was already defined at {first[agent.name]}. Rename one.")
         first[agent.name] = place
     return [agent for _, agent in located]
-
-
-def agents_from_records(records: Iterable[Mapping[str, Any]], where: str) -> list[Agent]:
-    """Check plain records (as in a bundle's ``agents.json``) and turn them into agents."""
-    return [_agent(record, where, lambda _field: where) for record in records]
 
 
 def _read(path: Path) -> str:
@@ -109,7 +137,7 @@ def _from_toml(path: Path, text: str) -> list[tuple[str, Agent]]:
 
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a plain ValueError
         line = re.search(r"line (\d+)", str(error))
         place = f"{path}:{line.group(1)}" if line else f"{path}:{text.count(chr(10)) + 1}"
         raise AgentError(f"{place}: not valid TOML ({error}). Correct the syntax.") from None
@@ -124,11 +152,13 @@ def _from_toml(path: Path, text: str) -> list[tuple[str, Agent]]:
 
 def _from_json(path: Path, text: str) -> list[tuple[str, Agent]]:
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         raise AgentError(f"{path}:{error.lineno}: not valid JSON ({error.msg}). Correct the syntax.") from None
     except RecursionError:
         raise AgentError(f"{path}:1: nested too deeply. Use a list of flat objects.") from None
+    except ValueError as error:
+        raise AgentError(f"{path}:1: not usable JSON ({error}). Correct it.") from None
     if isinstance(document, dict):
         for key in document:
             if key != "agents":
@@ -147,6 +177,14 @@ def _from_json(path: Path, text: str) -> list[tuple[str, Agent]]:
             starts.append(position)
             _, position = decoder.raw_decode(text, position)
     return _located(path, text, records, starts, r'"{}"\s*:')
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key {key!r} occurs twice in one object")
+    return dict(pairs)
 
 
 def _located(path: Path, text: str, records: Any, starts: list[int], pattern: str) -> list[tuple[str, Agent]]:
@@ -195,6 +233,8 @@ def _agent(record: Any, entry: str, place: Any) -> Agent:
             values[key] = value.strip()
     if not values.get("name"):
         raise AgentError(f"{place('name')}: the agent has no name. Give it a unique, non-empty name.")
+    if values["name"] == RESERVED:
+        raise AgentError(f"{place('name')}: the name {RESERVED!r} stands for 'no agent'. Rename the agent.")
     if not values["name"].isprintable():
         raise AgentError(
             f"{place('name')}: the name {values['name']!r} has characters that cannot be printed. Rename it."
@@ -213,7 +253,7 @@ def _from_markdown(path: Path, text: str) -> tuple[str, Agent]:
     Real agent files hold colons and tags in unquoted descriptions, which strict YAML refuses and
     Claude Code accepts; so a top-level ``key: rest of line`` is taken as it stands.
     """
-    lines = text.splitlines()
+    lines = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
     if not lines or lines[0].rstrip() != "---":
         raise AgentError(f"{path}:1: no front matter. Start the file with '---', name, description, '---'.")
     closing = next((i for i, line in enumerate(lines[1:], 1) if line.rstrip() in ("---", "...")), None)
@@ -229,13 +269,16 @@ def _from_markdown(path: Path, text: str) -> tuple[str, Agent]:
             continue
         match = re.match(r"([A-Za-z_][\w-]*)[ \t]*:(?:[ \t]+(.*)|[ \t]*)$", line)
         if match is None:
-            raise AgentError(f"{path}:{i + 1}: broken front matter: {line.strip()[:60]!r}. Write 'field: value'.")
+            raise AgentError(
+                f"{path}:{i + 1}: broken front matter: {line.strip()[:60]!r}. Write 'field: value', and indent the "
+                "further lines of a long value."
+            )
         key, inline = match.group(1), (match.group(2) or "").strip()
         if key in number_of:
             raise AgentError(f"{path}:{i + 1}: field {key!r} occurs twice in the front matter. Remove one.")
         number_of[key] = i + 1
         block_end = i + 1
-        while block_end < closing and (not lines[block_end].strip() or re.match(r"[ \t]|-[ \t]", lines[block_end])):
+        while block_end < closing and (not lines[block_end].strip() or re.match(r"[ \t]|-[ \t]|\]", lines[block_end])):
             block_end += 1
         block = lines[i + 1 : block_end]
         if key not in _FOREIGN_FIELDS:
@@ -259,12 +302,16 @@ def _front_matter_value(key: str, inline: str, block: list[str]) -> str | list[s
             return [_scalar(part.strip()) for part in parts if part.strip()]
         if inline:
             return [_scalar(part.strip()) for part in inline.split(",") if part.strip()]
-        items = [line for line in stripped if line]
+        # claude-flow writes examples as objects: the trigger is the task, the response is not ours.
+        items = [re.sub(r"^-\s*trigger\s*:", "- ", line) for line in stripped if line]
+        items = [line for line in items if not re.match(r"response\s*:", line)]
         if not all(line.startswith("-") for line in items):
             raise ValueError("write each item as '- item'")
         return [_scalar(line[1:].strip()) for line in items]
     if key == "name" and inline.startswith(("[", "{")):
         raise ValueError("the name must be text")
+    if key == "name" and inline[:1] not in ("'", '"'):
+        inline = re.split(r"\s+#", inline)[0]
     if re.fullmatch(r"[|>][+-]?\d*", inline):
         separator = "\n" if inline.startswith("|") else " "
         return separator.join(stripped).strip()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,6 +26,7 @@ FORMAT = 1
 MANIFEST = "bundle.json"
 MANIFEST_DIGEST = "bundle.json.sha256"
 _MANIFEST_LIMIT = 16 * 1024 * 1024  # bytes; read before its hash is known
+_POOLING = ("cls", "mean", "last")
 _COPY_AGAIN = "Copy the bundle again from where it came from, or export it again."
 
 
@@ -154,6 +155,10 @@ class Bundle:
         self.variants = tuple(_variant(table) for table in manifest.tables("variants"))
         if not self.variants:
             raise ManifestError(f"{where}: lists no variants. {_COPY_AGAIN}")
+        if len({variant.id for variant in self.variants}) < len(self.variants):
+            raise ManifestError(f"{where}: two variants have the same id. {_COPY_AGAIN}")
+        if self.encoder.pooling not in _POOLING or not self.encoder.normalised:
+            raise ManifestError(f"{where}: the encoder must pool by one of {_POOLING} and normalise. {_COPY_AGAIN}")
         self.default_variant = manifest.string("default_variant")
         self.variant(self.default_variant)
         self.files = {key: _file(manifest.table(key)) for key in ("tokenizer", "agents", "goldens")}
@@ -175,6 +180,8 @@ class Bundle:
             ChecksumError: A file is missing, has changed, was cut short or is a link.
             VersionError: The bundle's format is not one that this version reads.
         """
+        if path is not None and not str(path):
+            raise ManifestError("the path of the bundle is empty. Give a folder or a zip file.")
         folder = default_bundle() if path is None else Path(path)
         if folder.is_dir():
             return cls(_Folder(folder))
@@ -219,7 +226,7 @@ class Bundle:
                 size = os.fstat(stream.fileno()).st_size
                 digest = hashlib.file_digest(stream, "sha256").hexdigest() if size == file.bytes else ""
         except OSError as error:
-            raise _unreadable(path, error) from None
+            raise _refusal(path, error) from None
         self._check(file, size, digest)
         return path
 
@@ -288,8 +295,14 @@ class _Folder:
         path = self.path
         for part in _safe(file).parts:
             path = path / part
-            if path.is_symlink():
+            try:
+                mode = path.lstat().st_mode
+            except (OSError, ValueError) as error:
+                raise _refusal(path, error) from None
+            if stat.S_ISLNK(mode):
                 raise ChecksumError(f"{path}: is a link; a bundle holds plain files only. {_COPY_AGAIN}")
+        if not stat.S_ISREG(mode):
+            raise ChecksumError(f"{path}: is not a plain file. {_COPY_AGAIN}")
         return path
 
     def read(self, file: str, size: int | None) -> bytes:
@@ -297,27 +310,34 @@ class _Folder:
         try:
             with path.open("rb") as stream:
                 # One byte more than listed shows that a file has grown without reading all of it.
-                return stream.read(_MANIFEST_LIMIT if size is None else size + 1)
+                limit = _MANIFEST_LIMIT if size is None else size + 1
+                return stream.read(min(limit, os.fstat(stream.fileno()).st_size + 1))
         except OSError as error:
-            raise _unreadable(path, error) from None
+            raise _refusal(path, error) from None
 
 
-def _unreadable(path: Path, error: OSError) -> ChecksumError:
+def _refusal(path: Path, error: OSError | ValueError) -> ChecksumError:
     if isinstance(error, FileNotFoundError):
         return ChecksumError(f"{path}: is missing. {_COPY_AGAIN}")
-    return ChecksumError(f"{path}: cannot be read ({error.strerror}). {_COPY_AGAIN}")
+    return ChecksumError(f"{path}: cannot be read ({error}). {_COPY_AGAIN}")
 
 
 class _Zip:
     def __init__(self, path: Path) -> None:
-        import zipfile  # here, since most bundles are folders and starting up should be quick
+        # Here, since most bundles are folders and starting up should be quick.
+        import lzma
+        import zipfile
+        import zlib
 
         self.path = path
+        self._damage = (
+            *(OSError, EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError),
+            *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+        )
         try:
             self._zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
+        except self._damage as error:
             raise ManifestError(f"{path}: not a whole zip file ({error}). Give a bundle folder or its zip.") from None
-        self._unreadable = (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError)
         roots = [n.removesuffix(MANIFEST) for n in self._zip.namelist() if PurePosixPath(n).name == MANIFEST]
         if not roots:
             raise ManifestError(f"{path}: has no {MANIFEST} in it. Zip a whole bundle folder.")
@@ -332,7 +352,7 @@ class _Zip:
                 return stream.read(_MANIFEST_LIMIT if size is None else size + 1)
         except KeyError:
             raise ChecksumError(f"{self.name(file)}: is missing. {_COPY_AGAIN}") from None
-        except self._unreadable as error:
+        except self._damage as error:
             raise ChecksumError(f"{self.name(file)}: cannot be read ({error}). {_COPY_AGAIN}") from None
 
 
@@ -368,13 +388,15 @@ class _Table:
         value = self._get(key, int, "an integer")
         if value < minimum:
             raise ManifestError(f"{self.where}: {key!r} must be at least {minimum}. {_COPY_AGAIN}")
+        if value >= 2**40:
+            raise ManifestError(f"{self.where}: {key!r} is absurdly large. {_COPY_AGAIN}")
         return int(value)
 
     def number(self, key: str) -> float:
-        value = float(self._get(key, (int, float), "a number"))
-        if not math.isfinite(value):
+        value = self._get(key, (int, float), "a number")
+        if not -1e9 < value < 1e9:  # NaN compares false
             raise ManifestError(f"{self.where}: {key!r} must be finite. {_COPY_AGAIN}")
-        return value
+        return float(value)
 
     def items(self, key: str) -> list[Any]:
         value: list[Any] = self._get(key, list, "a list")
@@ -423,8 +445,9 @@ def _matrix(values: list[Any], shape: tuple[int, ...], where: str) -> NDArray[np
         matrix = np.asarray(values, dtype=np.float32)
     except (ValueError, TypeError, OverflowError):
         matrix = np.empty(0, dtype=np.float32)
-    if matrix.shape != shape or not np.isfinite(matrix).all():
-        raise ManifestError(f"{where}: vectors must be finite and of shape {shape}. {_COPY_AGAIN}")
+    # NaN compares false, so this catches values that are not finite as well.
+    if matrix.shape != shape or not (np.abs(np.linalg.norm(matrix, axis=-1) - 1) < 1e-3).all():
+        raise ManifestError(f"{where}: vectors must be finite, of unit length and of shape {shape}. {_COPY_AGAIN}")
     return matrix
 
 

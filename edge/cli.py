@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from edge.bundle import Bundle
 from edge.encoder import Encoder, clean
 from edge.errors import EdgeError, InputError
 from edge.router import STRATEGIES, Decision, Router
+from edge.session import MAX_THREADS
+
+if TYPE_CHECKING:
+    from edge.evaluate import Score
 
 T = TypeVar("T")
 ABSTAINED = 3  # exit status of `ruvltra route` for a single text that nobody takes
@@ -75,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     bundle = argparse.ArgumentParser(add_help=False)
     bundle.add_argument("--bundle", metavar="DIR", help="bundle folder or zip file (default: the one that is built in)")
     bundle.add_argument("--variant", metavar="ID", help="variant of the bundle to run (default: the bundle's choice)")
-    bundle.add_argument("--threads", type=_positive, metavar="N", help="threads for one text (default: 1)")
+    bundle.add_argument("--threads", type=_threads, metavar="N", help="threads for one text (default: 1)")
     agents = argparse.ArgumentParser(add_help=False)
     agents.add_argument(
         "--agents", metavar="PATH", help="your own agents: a .toml, .json or .md file, or a folder of .md files"
@@ -135,11 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+def _threads(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {MAX_THREADS}")
+    return int(text)
 
 
 def _texts(arguments: Sequence[str]) -> Iterator[str]:
@@ -150,8 +153,8 @@ def _texts(arguments: Sequence[str]) -> Iterator[str]:
             continue
         if sys.stdin is None:
             raise InputError("standard input is closed. Pipe texts into it, or give them as arguments.")
-        for line in sys.stdin.buffer:
-            yield line.decode("utf-8", "replace").rstrip("\r\n")
+        for number, line in enumerate(sys.stdin.buffer):
+            yield line.decode("utf-8" if number else "utf-8-sig", "replace").rstrip("\r\n")
 
 
 def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
@@ -229,17 +232,22 @@ def _embed(options: argparse.Namespace) -> int:
     texts = list(_texts(options.text))
     vectors = encoder.encode(_progress(texts, len(texts), "embedded"))
     path: Path = options.output
-    # Written beside its final place and renamed, so that no half file is ever seen.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path = path.resolve()
+        if path.exists() and not path.is_file():  # a pipe or a device: there is nothing to rename
+            with path.open("wb") as stream:
+                np.save(stream, vectors)
+            return 0
+        # Written beside its final place and renamed, so that no half file is ever seen.
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             with partial.open("wb") as stream:
                 np.save(stream, vectors)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}). Choose another path for --output.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be written ({error}). Choose another path for --output.") from None
     return 0
 
 
@@ -257,13 +265,18 @@ def _eval(options: argparse.Namespace) -> int:
     rows = read_labelled(options.file, [agent.name for agent in router.agents])
     signals = _progress((router.signals(row.task) for row in rows), len(rows), "routed")
     scores = evaluate(router, rows, strategies, signals)
+    _print_scores(options, scores)
     if options.plot:
         plot_confusion(scores[-1], options.plot, options.file.name)
+    return 0
+
+
+def _print_scores(options: argparse.Namespace, scores: list[Score]) -> None:
     if options.json:
         # The confusions hold the same counts in a form that JSON has.
         values = [{key: value for key, value in asdict(score).items() if key != "matrix"} for score in scores]
         print(json.dumps({"file": str(options.file), "scores": values}))
-        return 0
+        return
     last = scores[-1]
     outside = last.abstain_recall.n
     print(f"{options.file}: {last.accuracy.n} tasks, {outside} out of scope. Intervals: 95 % Wilson.\n")
@@ -279,7 +292,6 @@ def _eval(options: argparse.Namespace) -> int:
     print(f"\nMost frequent confusions ({last.strategy}):")
     for true, given, count in last.confusions[:10]:
         print(f"  {count:>4}  {true} -> {given}")
-    return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:

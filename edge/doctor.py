@@ -41,7 +41,8 @@ def examine(path: str | Path | None = None) -> Iterator[Check]:
         if variant.runtime == "onnx":
             yield from _examine_variant(bundle, variant)
         else:
-            yield Check(f"{variant.id}: skipped", True, f"runtime {variant.runtime} does not run here")
+            needed = variant.id == bundle.default_variant
+            yield Check(f"{variant.id}: skipped", not needed, f"runtime {variant.runtime} does not run here")
 
 
 def _examine_variant(bundle: Bundle, variant: Variant) -> Iterator[Check]:
@@ -64,6 +65,8 @@ def _examine_variant(bundle: Bundle, variant: Variant) -> Iterator[Check]:
             lowest >= variant.minimum_cosine,
             f"cosine to fp32 goldens: min {lowest:.5f}, mean {np.mean(cosines):.5f}, bound {variant.minimum_cosine}",
         )
+        encoder.encode(["word " * encoder.max_length])
+        yield Check(f"{variant.id}: length", True, f"a text of {encoder.max_length} tokens runs")
         again = encoder.encode(texts[::-1])[::-1]
         yield Check(f"{variant.id}: order", np.array_equal(vectors, again), "vectors do not depend on order or company")
         router = Router.load(bundle, variant=variant.id)

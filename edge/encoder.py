@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from edge.bundle import Bundle
-from edge.errors import InputError, ManifestError
+from edge.errors import BackendError, InputError, ManifestError
 from edge.session import Backend, OnnxBackend
 
 
@@ -46,6 +46,7 @@ class Encoder:
         self._prompt = bundle.encoder.prompt
         self._backend = backend
         self._tokenizer = _load_tokenizer(bundle) if tokenizer is None else tokenizer
+        self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self.max_length)
         self._special = self._tokenizer.num_special_tokens_to_add(False)
 
@@ -84,7 +85,10 @@ class Encoder:
 
     def tokenize(self, text: str) -> Tokens:
         """Token ids of a text, cut to the maximum length. Lone surrogates count as U+FFFD."""
-        encoding = self._tokenizer.encode(self._prompt + clean(text))
+        try:
+            encoding = self._tokenizer.encode(self._prompt + clean(text))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BackendError(f"the tokenizer cannot encode a text ({error}). Run: ruvltra doctor") from None
         ids: list[int] = encoding.ids
         return Tokens(tuple(ids), bool(encoding.overflowing), len(ids) <= self._special)
 

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge.agents import RESERVED
 from edge.errors import InputError, MissingExtra
 from edge.router import Decision, Router, Signals
 
-OUT_OF_SCOPE = "none"  # label of a task that no agent should take
+OUT_OF_SCOPE = RESERVED  # label of a task that no agent should take
 _BINS = 15
 
 
@@ -94,7 +95,7 @@ def read_labelled(path: str | Path, agents: Iterable[str]) -> list[Labelled]:
     path = Path(path)
     known = {*agents, OUT_OF_SCOPE}
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file. Give a JSON-lines file of labelled tasks.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -212,11 +213,14 @@ def plot_confusion(score: Score, path: Path, title: str) -> None:
         for j, count in enumerate(row):
             if count:
                 axis.text(j, i, str(count), ha="center", va="center", color="white" if shares[i][j] > 0.5 else "black")
-    labels = [name if name != OUT_OF_SCOPE else "none / abstains" for name in names]
+    names_shown = [name.replace("$", r"\$") for name in names]  # a dollar would start a formula
+    labels = [name if name != OUT_OF_SCOPE else "none / abstains" for name in names_shown]
     axis.set_xticks(range(len(names)), labels, rotation=45, ha="right")
     axis.set_yticks(range(len(names)), labels)
     axis.set(
-        xlabel="given", ylabel="true", title=f"{title}\n{score.strategy}: {score.accuracy}, n = {score.accuracy.n}"
+        xlabel="given",
+        ylabel="true",
+        title=f"{title.replace('$', chr(92) + '$')}\n{score.strategy}: {score.accuracy}, n = {score.accuracy.n}",
     )
     figure.colorbar(image, ax=axis, label="share of the true agent's tasks", shrink=0.8)
     try:

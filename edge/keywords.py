@@ -48,7 +48,7 @@ class KeywordRules:
                     owners = table.setdefault(normalise(phrase), [])
                     if position not in owners:
                         owners.append(position)
-        self._speaks, self._silences = _Phrases(speaks), _Phrases(silences)
+        self._speaks, self._silences = _Phrases(speaks), _Phrases(silences, every=True)
         self._priority = [agent.priority for agent in agents]
 
     def match(self, text: str) -> Matches:
@@ -69,10 +69,11 @@ class KeywordRules:
 
 
 class _Phrases:
-    """Longest phrase at every token boundary of a text."""
+    """Phrases at the token boundaries of a text: the longest at each, or every one."""
 
-    def __init__(self, owners: dict[str, list[int]]) -> None:
+    def __init__(self, owners: dict[str, list[int]], every: bool = False) -> None:
         self._owners = owners
+        self._every = every
         self._by_initial: dict[str, list[str]] = {}
         for phrase in sorted(owners, key=len, reverse=True):
             self._by_initial.setdefault(phrase[:1], []).append(phrase)
@@ -88,7 +89,8 @@ class _Phrases:
                     end = position + len(phrase)
                     if text.startswith(phrase, position) and not (end < len(text) and _is_word(text[end])):
                         found.append((phrase, self._owners[phrase]))
-                        break
+                        if not self._every:
+                            break
             inside = _is_word(character)
         return found
 

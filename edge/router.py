@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.agents import Agent, load_agents
+from edge.agents import Agent, check_agents, load_agents
 from edge.bundle import Bundle, Calibration, Head
 from edge.encoder import Encoder, clean
 from edge.errors import InputError, ManifestError
@@ -106,7 +106,7 @@ class Router:
             raise InputError("a router needs at least one agent. Give a list of agents.")
         if encoder is None and strategy != "keyword":
             raise InputError(f"the strategy {strategy!r} needs an encoder. Give one, or use the strategy 'keyword'.")
-        self.agents = tuple(agents)
+        self.agents = check_agents(agents)
         self.strategy = strategy
         self.calibration = calibration
         self.encoder = encoder
@@ -188,6 +188,7 @@ class Router:
         """Match keywords and measure similarities; the input of :meth:`decide`."""
         if not isinstance(task, str):
             raise InputError(f"a task must be a string, not {type(task).__name__}. Convert it first.")
+        task = task.lstrip()
         text = clean(task[:MAX_CHARACTERS])
         truncated = len(task) > MAX_CHARACTERS
         matches = self._rules.match(text)
@@ -206,6 +207,9 @@ class Router:
         ``keyword-first`` keeps the origin's rule: the matched agent of the highest priority wins,
         embeddings break ties and take the tasks that no keyword matched.
         """
+        check_strategy(strategy)
+        if signals.cosine is None and strategy != "keyword":
+            raise InputError(f"the strategy {strategy!r} needs an encoder. Load the router with another strategy.")
         method = strategy
         if strategy == "keyword-first":
             method = "keyword" if signals.matches.first else "embedding"
@@ -213,9 +217,13 @@ class Router:
         calibration = self.calibration[method]
         probability = probabilities(signals, calibration)
         order = np.argsort(-probability, kind="stable")
-        if method == "keyword" and cosine is not None:
-            # Among the agents that keywords cannot tell apart, the similarity decides.
-            order = np.lexsort((-cosine, -probability))
+        if method == "keyword":
+            # The rules decide, whatever the fitted weights; among the agents that they cannot tell
+            # apart the similarity does.
+            found = np.array([-bool(phrases) for phrases in signals.matches.phrases])
+            leads = np.zeros(len(found))
+            leads[list(signals.matches.first)] = -1
+            order = np.lexsort((np.zeros(len(found)) if cosine is None else -cosine, found, leads))
         top, second = order[0], order[1] if len(order) > 1 else None
         confidence = float(probability[top])
         unmatched = method == "keyword" and not signals.matches.first
@@ -233,7 +241,7 @@ class Router:
             method="abstain" if abstains else method,
             confidence=0.0 if signals.empty else confidence,
             margin=0.0 if signals.empty or second is None else confidence - float(probability[second]),
-            matched=signals.matches.phrases[top],
+            matched=() if method == "embedding" else signals.matches.phrases[top],
             ranking=ranking,
             truncated=signals.truncated,
         )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edge.bundle import Bundle, Variant
 from edge.errors import BackendError, OutputError, ProviderUnavailable
 
+MAX_THREADS = 256
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -46,14 +47,17 @@ class OnnxBackend:
                 f"variant {variant.id!r} needs the runtime {variant.runtime!r}. Use an onnx variant."
             )
         threads = 1 if threads is None else threads
-        if threads < 1:
-            raise BackendError(f"threads must be at least 1, not {threads}. Leave it out for the default.")
+        if not 1 <= threads <= MAX_THREADS:
+            raise BackendError(f"threads must be 1 to {MAX_THREADS}, not {threads}. Leave it out for the default.")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         graph = bundle.read(variant.model)
-        if variant.weights is not None:
+        # A graph without listed weights may not pull in files that nobody checked.
+        if variant.weights is None:
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path / "no-weights-are-listed"))
+        else:
             weights = bundle.locate(variant.weights)
             if isinstance(weights, bytes):
                 name = PurePosixPath(variant.weights.file).name
@@ -85,13 +89,19 @@ class OnnxBackend:
         Raises:
             OutputError: The result has another shape, is not finite or not of unit length.
         """
-        vectors: NDArray[np.float32] = self._session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+        try:
+            vectors = self._session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+        except Exception as error:  # ONNX Runtime raises ValueError and a dozen types of its own
+            raise BackendError(f"the model cannot run {ids.shape[1]} tokens ({error}). Run: ruvltra doctor") from None
         check_unit_rows(vectors, (ids.shape[0], self.dim))
-        return vectors
+        result: NDArray[np.float32] = vectors
+        return result
 
 
-def check_unit_rows(vectors: NDArray[np.float32], shape: tuple[int, int]) -> None:
-    """Raise OutputError unless ``vectors`` has this shape and finite rows of unit length."""
+def check_unit_rows(vectors: object, shape: tuple[int, int]) -> None:
+    """Raise OutputError unless ``vectors`` is an array of this shape with finite rows of unit length."""
+    if not isinstance(vectors, np.ndarray):
+        raise OutputError(f"the model returned {type(vectors).__name__}, an array expected. Run: ruvltra doctor")
     if vectors.shape != shape or vectors.dtype != np.float32:
         raise OutputError(
             f"the model returned {vectors.dtype} {vectors.shape}, float32 {shape} expected. Run: ruvltra doctor"

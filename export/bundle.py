@@ -21,7 +21,7 @@ from edge.agents import Agent
 from edge.bundle import FORMAT, MANIFEST, MANIFEST_DIGEST, Bundle, manifest_digest
 from edge.doctor import examine
 from edge.errors import InputError
-from edge.evaluate import Labelled
+from edge.evaluate import OUT_OF_SCOPE, Labelled
 from edge.router import Router
 from export.calibrate import UNCALIBRATED, calibrate
 from export.checkpoint import Checkpoint, load_checkpoint
@@ -67,7 +67,8 @@ def build_bundle(
     """Turn a checkpoint into a verified bundle.
 
     The bundle is put together in a temporary folder beside ``out`` and takes its place by one
-    rename after every gate has passed, so that a failure or a kill leaves nothing half done.
+    rename after every gate has passed, so that there is never half a bundle. Where an old one is
+    replaced, it is moved aside first.
 
     Args:
         checkpoint_folder: Hugging Face or sentence-transformers folder.
@@ -93,6 +94,11 @@ def build_bundle(
     for variant in variants:
         if variant not in VARIANTS:
             raise InputError(f"unknown variant {variant!r}. Choose from: {', '.join(VARIANTS)}.")
+    for variant in minimum_cosine or {}:
+        if variant not in VARIANTS:
+            raise InputError(f"a bound is given for {variant!r}, which is no variant. Use: {', '.join(VARIANTS)}.")
+    if labelled and all(row.agent == OUT_OF_SCOPE for row in labelled):
+        raise InputError("all labelled tasks are out of scope. Add tasks of the agents to calibrate on.")
     if not variants:
         raise InputError("no variants asked for. Give at least one.")
     if out.exists() and not replace:

@@ -88,9 +88,10 @@ def _fit(features: NDArray[np.float64], label: NDArray[np.int64], used: list[int
             gradient = (x[np.arange(len(x)), label] - expected).sum(0) - _RIDGE * weights
             second = np.einsum("na,naf,nag->fg", p, x, x) - expected.T @ expected + _RIDGE * np.eye(len(active))
             step = np.linalg.solve(second, gradient)
-            weights += step * min(1.0, 5.0 / float(np.abs(step).max()))
-            if np.abs(step).max() < 1e-9:
+            length = float(np.abs(step).max(initial=0.0))
+            if length < 1e-9:
                 break
+            weights += step * min(1.0, 5.0 / length)
         negative = [column for column, weight in zip(active, weights, strict=True) if weight < 0 and column != 3]
         if not negative:
             full = np.zeros(4)

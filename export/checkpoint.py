@@ -157,12 +157,19 @@ def _check_modules(folder: Path, max_positions: int) -> int:
                 f"{folder}/modules.json: {kinds} is not Transformer, Pooling, Normalize. Not supported."
             )
         pooling_path = folder / modules[1]["path"] / "config.json"
-        modes = [k for k, v in _json(pooling_path).items() if k.startswith("pooling_mode_") and v is True]
-        if modes != ["pooling_mode_mean_tokens"]:
+        pooling = _json(pooling_path)
+        modes = [k for k, v in pooling.items() if k.startswith("pooling_mode_") and v is True]
+        # sentence-transformers names the mode since 5.7; before, each mode had a key of its own.
+        modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else modes
+        if modes not in (["pooling_mode_mean_tokens"], ["mean"], [["mean"]]):
             raise CheckpointError(f"{pooling_path}: pooling {modes} is not supported. Use mean pooling.")
-    limit = max_positions
+    limit = None
     if (folder / "sentence_bert_config.json").exists():
-        limit = int(_json(folder / "sentence_bert_config.json").get("max_seq_length") or max_positions)
+        limit = _json(folder / "sentence_bert_config.json").get("max_seq_length")
+    if limit is None and (folder / "tokenizer_config.json").exists():
+        # Tokenizers without a limit state an astronomical one.
+        limit = min(_json(folder / "tokenizer_config.json").get("model_max_length") or max_positions, max_positions)
+    limit = max_positions if limit is None else int(limit)
     if not 0 < limit <= max_positions:
         raise CheckpointError(
             f"{folder}: max_seq_length {limit} exceeds the model's {max_positions} positions. Lower it."

@@ -57,6 +57,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text ({error}). Convert the file.") from None
     except FileNotFoundError:
         raise RecipeError(
             f"{path}: no such data file. Correct the path in the recipe or on the command line."
@@ -66,8 +68,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{path}:{number}: not valid JSON ({error.msg}). Correct the line.") from None
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{path}:{number}: not valid JSON ({error}). Correct the line.") from None
         if not isinstance(row, dict):
             raise RecipeError(f"{path}:{number}: not a JSON object. Write one object a line.")
         yield number, row
@@ -141,6 +143,13 @@ def load_commits(path: Path, recipe: Recipe, agents: list[str], dataset: Dataset
     """Commit subjects for training; those that equal a dev or test task are left out."""
     held_out = {normalise(e.task) for e in (*dataset.dev, *dataset.test)}
     known = set(agents)
+    if recipe.commits.sha256:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        if digest != recipe.commits.sha256:
+            raise RecipeError(
+                f"{path}: sha256 {digest} is not the recipe's {recipe.commits.sha256}. Give the file that the recipe "
+                "was written for, or change sha256 under [commits] (empty takes any)."
+            )
     rows = (_example(row, f"{path}:{n}", known) for n, row in read_jsonl(path))
     return [Example(e.task, e.agent, None, recipe.commits.weight) for e in rows if normalise(e.task) not in held_out]
 

@@ -15,6 +15,7 @@ retrieval and agents that were never trained live on.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import random
@@ -30,6 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from edge.agents import Agent, load_agents
+from edge.errors import MissingExtra
 from export.checkpoint import Checkpoint, Head, load_checkpoint, save_checkpoint
 from export.dataset import OUT_OF_SCOPE, Example, load_commits, load_dataset
 from export.errors import RecipeError
@@ -81,6 +83,8 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
             )
         examples += load_commits(commits, recipe, names, dataset)
     settings = recipe.train
+    if importlib.util.find_spec("matplotlib") is None:  # asked now, not after an hour of training
+        raise MissingExtra("ruvltra-export finetune", "train")
     if settings.epochs < 1:
         raise RecipeError(f"{recipe.path}: train: epochs must be at least 1. Correct it.")
     torch.manual_seed(settings.seed)

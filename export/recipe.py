@@ -80,7 +80,6 @@ class Recipe:
     base_model: str
     agents: str
     base_sha256: str = ""
-    max_length: int = 256
     data: Data = field(default_factory=Data)
     split: Split = field(default_factory=Split)
     commits: Commits = field(default_factory=Commits)

@@ -52,7 +52,14 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["agent"] is None
     assert main(["route", "--bundle", "/nowhere", "x"]) == 1
     assert "no bundle here" in capsys.readouterr().err
-    for usage in (["route"], ["route", "--strategy", "magic", "x"], ["route", "--threads", "0", "x"], [], ["fly"]):
+    for usage in (
+        ["route"],
+        ["route", "--strategy", "magic", "x"],
+        ["route", "--threads", "0", "x"],
+        ["route", "--threads", "9" * 20, "x"],
+        [],
+        ["fly"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main(usage)
         assert stop.value.code == 2
@@ -166,7 +173,8 @@ def test_embed(tmp_path: Path, router: Router, capsys: pytest.CaptureFixture[str
     assert written.dtype == np.float32
     np.testing.assert_array_equal(written, expected)
     assert [path.name for path in tmp_path.iterdir()] == ["vectors.npy"]
-    assert main(["embed", "--output", str(tmp_path / "no" / "vectors.npy"), "x"]) == 1
+    for wrong in (tmp_path / "no" / "vectors.npy", tmp_path):
+        assert main(["embed", "--output", str(wrong), "x"]) == 1
     assert "cannot be written" in capsys.readouterr().err
 
 

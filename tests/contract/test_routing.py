@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from edge import (
     STRATEGIES,
     Agent,
+    AgentError,
     BackendError,
     Bundle,
     BundleError,
@@ -22,6 +23,7 @@ from edge import (
     ProviderUnavailable,
     Router,
 )
+from edge.bundle import Calibration
 from edge.session import OnnxBackend, check_unit_rows
 
 TASKS = st.text(max_size=80) | st.sampled_from(
@@ -181,7 +183,7 @@ def test_bad_arguments_are_refused(bundle: Bundle) -> None:
         Router.load(bundle, agents=[])
     with pytest.raises(ProviderUnavailable, match="not available"):
         Router.load(bundle, device="npu")
-    with pytest.raises(BackendError, match="at least 1"):
+    with pytest.raises(BackendError, match="must be 1 to 256"):
         Encoder.load(bundle, threads=0)
     with pytest.raises(BundleError, match="no variant 'int3'"):
         Encoder.load(bundle, variant="int3")
@@ -197,6 +199,34 @@ def test_keyword_first_keeps_the_origins_rule(router: Router) -> None:
     assert decide("investigate why the page is slow") == ("researcher", "keyword")
     assert decide("optimize queries of the report") == ("optimizer", "keyword")
     assert decide("the checkout page went blank") == ("debugger", "embedding")
+
+
+@pytest.mark.parametrize(
+    ("agents", "words"),
+    [
+        ([Agent("a", "x"), Agent("a", "y")], "already defined"),
+        ([Agent("", "x")], "no name"),
+        ([Agent("dba")], "neither description nor examples"),
+        ([Agent("none", "x")], "stands for 'no agent'"),
+        ([Agent("a", "x", keywords="fix")], "keywords must be a list"),  # type: ignore[arg-type]
+    ],
+)
+def test_agents_made_in_python_are_held_to_the_same_rules(agents: list[Agent], words: str, bundle: Bundle) -> None:
+    with pytest.raises(AgentError, match=words):
+        Router.load(bundle, agents=agents)
+
+
+def test_keyword_rules_decide_whatever_the_weights() -> None:
+    """Fitted weights may be zero; they set the confidence, not the winner."""
+    agents = [Agent("low", "x", keywords=("low",), priority=1), Agent("high", "x", keywords=("high",), priority=9)]
+    zero = Calibration(0.0, 0.0, 0.0, None, 0.0)
+    router = Router(agents, dict.fromkeys(("keyword", "embedding", "hybrid"), zero), strategy="keyword")
+    assert router.route("low and high").agent == "high"
+    assert router.route("only high").agent == "high"
+    assert router.route("only low").agent == "low"
+    assert router.route("neither").agent is None
+    with pytest.raises(InputError, match="needs an encoder"):
+        router.decide(router.signals("x"), "hybrid")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, 2.0])

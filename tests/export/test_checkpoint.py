@@ -140,3 +140,18 @@ def test_a_tokenizer_of_another_model_is_refused(copy: Path) -> None:
     (copy / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not a tokenizer"):
         load_checkpoint(copy)
+
+
+def test_a_folder_as_sentence_transformers_5_7_saves_it(copy: Path) -> None:
+    """It names the pooling mode by one key and leaves the length to the tokenizer's config."""
+    for file, values in {
+        "1_Pooling/config.json": {"embedding_dimension": 384, "pooling_mode": "mean", "include_prompt": True},
+        "sentence_bert_config.json": {"transformer_task": "feature-extraction"},
+        "tokenizer_config.json": {"model_max_length": 256},
+    }.items():
+        (copy / file).unlink()
+        (copy / file).write_text(json.dumps(values))
+    assert load_checkpoint(copy).max_length == 256
+    change(copy / "1_Pooling" / "config.json", pooling_mode="cls")
+    with pytest.raises(CheckpointError, match="Use mean pooling"):
+        load_checkpoint(copy)

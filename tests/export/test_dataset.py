@@ -99,6 +99,8 @@ def test_commit_subjects_never_repeat_held_out_tasks(tmp_path: Path, mini: Recip
     path = tmp_path / "commits.jsonl"
     rows = [{"task": dataset.dev[0].task.upper(), "agent": "coder"}, {"task": "Add a thing", "agent": "coder"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RecipeError, match="is not the recipe's"):
+        load_commits(path, mini, NAMES, dataset)
     recipe = replace(mini, commits=Commits(weight=0.5))
     commits = load_commits(path, recipe, NAMES, dataset)
     assert [(e.task, e.weight) for e in commits] == [("Add a thing", 0.5)]

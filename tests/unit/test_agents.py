@@ -71,6 +71,9 @@ def test_toml_errors_name_file_and_line(tmp_path: Path, text: str, line: int, wo
         ("[\n\n 3]", 3, "must be a table"),
         ('{"agents": [],\n "more": 1}', 2, "unknown key 'more'"),
         ("7", 1, "must be a list"),
+        ('[{"name": "a", "name": "b", "description": "x"}]', 1, "occurs twice"),
+        ('[{"name": "a", "description": "x", "priority": ' + "9" * 5000 + "}]", 1, "not usable JSON"),
+        ('[{"name": "none", "description": "x"}]', 1, "stands for"),
         ("[" * 100_000, 1, "nested too deeply|not valid JSON"),
     ],
 )
@@ -101,6 +104,13 @@ def test_markdown_folder_as_claude_code_has_it(tmp_path: Path) -> None:
         Agent("deployer", "Ships builds to production.", ("deploy", "roll back"), examples=("ship it", "go, live")),
         Agent("reviewer", "Use this when: code changed. <example>user: 'look'</example>"),
     ]
+
+
+def test_claude_flow_examples_are_objects(tmp_path: Path) -> None:
+    text = (
+        '---\nname: dev\nsparc_phase: x\ndescription: d\nexamples:\n  - trigger: "build it"\n    response: "ok"\n---\n'
+    )
+    assert load_agents(write(tmp_path, "a.md", text)) == [Agent("dev", "d", examples=("build it",))]
 
 
 @pytest.mark.parametrize(

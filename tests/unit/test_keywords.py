@@ -53,6 +53,16 @@ def test_priority_and_negatives() -> None:
     assert rules.match("nothing here").first == ()
 
 
+def test_one_agents_negative_does_not_hide_anothers() -> None:
+    rules = KeywordRules(
+        [
+            Agent("x", keywords=("home",), negatives=("robot",)),
+            Agent("y", keywords=("dust",), negatives=("robot vacuum",)),
+        ]
+    )
+    assert rules.match("home robot vacuum dust").phrases == ((), ())
+
+
 WORDS = st.lists(st.sampled_from(["c", "ci", "c++", ".net", "unit", "tests", "a-b", "ß", "é", "x_y", "#1"]), max_size=6)
 
 

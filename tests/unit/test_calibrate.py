@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edge.evaluate import Labelled, calibration_error
+from edge.keywords import Matches
+from edge.router import Signals, probabilities
+
+pytest.importorskip("export.calibrate")
+from export.calibrate import calibrate
+
+
+def rows(count: int, out_of_scope: int, keywords: bool) -> tuple[list[Signals], list[Labelled]]:
+    """Tasks whose right agent is drawn from the softmax of 10 x cosine: calibration must find the 10."""
+    generator = np.random.default_rng(1)
+    signals, labelled = [], []
+    for index in range(count + out_of_scope):
+        cosine = generator.uniform(-0.3, 0.6, 3).astype(np.float32)
+        weights = np.exp(10 * cosine)
+        label = int(generator.choice(3, p=weights / weights.sum()))
+        phrases = tuple(("word",) if keywords and i == label else () for i in range(3))
+        inside = index < count
+        matches = Matches(phrases, (label,) if keywords else ())
+        signals.append(Signals(matches, cosine if inside else cosine - 0.5, 0.0 if inside else 0.9, False, False))
+        labelled.append(Labelled("x", "abc"[label] if inside else "none"))
+    return signals, labelled
+
+
+def test_the_true_temperature_is_found() -> None:
+    signals, labelled = rows(4000, 0, keywords=False)
+    fitted = calibrate(signals, labelled, "abc", 0.02)["embedding"]
+    assert fitted.cosine == pytest.approx(10, rel=0.06)
+    assert (fitted.matched, fitted.out_of_scope, fitted.threshold) == (0.0, None, 0.0)
+    outcomes = []
+    for signal, row in zip(signals, labelled, strict=True):
+        p = probabilities(signal, fitted)
+        outcomes.append((float(p.max()), "abc"[int(p.argmax())] == row.agent))
+    assert calibration_error(outcomes) < 0.03
+
+
+def test_keywords_that_are_right_earn_weight_and_thresholds_cut_the_stated_share() -> None:
+    signals, labelled = rows(500, 60, keywords=True)
+    fitted = calibrate(signals, labelled, "abc", 0.05)
+    assert fitted["hybrid"].matched + fitted["hybrid"].first > 2
+    inside = [probabilities(signal, fitted["embedding"]).max() for signal in signals[:500]]
+    assert np.mean(np.array(inside) < fitted["embedding"].threshold) == pytest.approx(0.05, abs=0.01)
+
+
+def test_without_keywords_or_out_of_scope_tasks_nothing_breaks() -> None:
+    fitted = calibrate(*rows(50, 0, keywords=False), "abc", 0.02)
+    assert (fitted["keyword"].matched, fitted["keyword"].first) == (0.0, 0.0)
