@@ -285,7 +285,9 @@ def _from_markdown(path: Path, text: str) -> tuple[str, Agent]:
             try:
                 record[key] = _front_matter_value(key, inline, block)
             except ValueError as error:
-                raise AgentError(f"{path}:{i + 1}: broken front matter in {key!r}: {error}.") from None
+                raise AgentError(
+                    f"{path}:{i + 1}: broken front matter in {key!r}: {error}. Correct the line."
+                ) from None
         i = block_end
     first = f"{path}:1"
     return first, _agent(record, first, lambda field: f"{path}:{number_of.get(field, 1)}")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -82,6 +84,31 @@ def test_edge_never_imports_export() -> None:
         assert "from export" not in path.read_text(encoding="utf-8")
 
 
+def messages(path: Path) -> list[str]:
+    """The literal text of every error that a source file raises; values in it become ``x``."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+            name, arguments = node.exc.func.id, node.exc.args
+            if issubclass(getattr(edge, name, Exception), edge.EdgeError) and name != "MissingExtra":
+                parts = arguments[0].values if isinstance(arguments[0], ast.JoinedStr) else [arguments[0]]
+                found.append("".join(text_of(part) for part in parts))
+    return found
+
+
+def text_of(part: ast.expr) -> str:
+    if isinstance(part, ast.Constant):
+        return str(part.value)
+    value = part.value if isinstance(part, ast.FormattedValue) else part
+    return "Copy it again." if isinstance(value, ast.Name) and value.id == "_COPY_AGAIN" else "x"
+
+
 def test_every_message_ends_with_what_to_do() -> None:
-    """Each error raised in the sources has at least two sentences: what is wrong, and what to do."""
+    """Two sentences: what is wrong, and then what to do about it."""
     assert str(edge.MissingExtra("--plot", "bench")).endswith("pip install 'ruvltra-edge[bench]'")
+    found = [message for path in Path(edge.__file__).parent.glob("*.py") for message in messages(path)]
+    assert len(found) > 50
+    lacking = [
+        message for message in found if not re.search(r"[^.]\. \S.*\S|Run: ruvltra doctor$|Copy it again\.$", message)
+    ]
+    assert lacking == []
