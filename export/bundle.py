@@ -94,7 +94,8 @@ def build_bundle(
     for variant in variants:
         if variant not in VARIANTS:
             raise InputError(f"unknown variant {variant!r}. Choose from: {', '.join(VARIANTS)}.")
-    for variant in minimum_cosine or {}:
+    bounds = MINIMUM_COSINE | (minimum_cosine or {})
+    for variant in bounds:
         if variant not in VARIANTS:
             raise InputError(f"a bound is given for {variant!r}, which is no variant. Use: {', '.join(VARIANTS)}.")
     if labelled and all(row.agent == OUT_OF_SCOPE for row in labelled):
@@ -130,11 +131,10 @@ def build_bundle(
         for variant in ("fp32", *(v for v in variants if v != "fp32")):
             path = work / f"model.{variant}.onnx"
             steps.set_description(f"parity {variant}")
-            bound = (minimum_cosine or {}).get(variant, MINIMUM_COSINE[variant])
             if variant == "fp32":
-                reports.append(reference.compare(_runner(path), variant, bound))
+                reports.append(reference.compare(_runner(path), variant, bounds[variant]))
             else:
-                reports.append(_quantise(reference, fp32, path, bound))
+                reports.append(_quantise(reference, fp32, path, bounds[variant]))
             if variant in variants:
                 steps.update(2)
         failed = [report for report in reports if report.failures]
@@ -149,7 +149,7 @@ def build_bundle(
             weights_path(fp32).unlink()
         steps.set_description("goldens and calibration")
         _write_parts(work, checkpoint, model, agents)
-        manifest = _manifest(work, checkpoint, identity, variants, reports, minimum_cosine or {})
+        manifest = _manifest(work, checkpoint, identity, variants, reports, bounds)
         _write_manifest(work, manifest)
         for entry in manifest["variants"]:
             if labelled:
@@ -209,13 +209,11 @@ def _write_parts(folder: Path, checkpoint: Checkpoint, model: SentenceEncoder, a
         },
     )
     goldens = []
-    checkpoint.tokenizer.enable_truncation(checkpoint.max_length)
-    for text in parity_texts("tasks")[:_GOLDENS]:
-        ids = checkpoint.tokenizer.encode(text).ids
+    texts = parity_texts("tasks")[:_GOLDENS]
+    for text, ids in zip(texts, checkpoint.tokenize(texts), strict=True):
         with torch.no_grad():
             vector = model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))[0]
         goldens.append({"text": text, "ids": ids, "vector": _rounded(vector)})
-    checkpoint.tokenizer.no_truncation()
     _write_json(folder / "goldens.json", {"goldens": goldens})
 
 
@@ -230,7 +228,7 @@ def _manifest(
     identity: Identity,
     variants: Sequence[str],
     reports: Sequence[Report],
-    minimum_cosine: dict[str, float],
+    bounds: dict[str, float],
 ) -> dict[str, Any]:
     report_of = {report.variant: report for report in reports}
     uncalibrated = {strategy: asdict(calibration) for strategy, calibration in UNCALIBRATED.items()}
@@ -254,7 +252,7 @@ def _manifest(
                 "shapes": None,
                 "compute_units": None,
                 "minimum_os": None,
-                "minimum_cosine": minimum_cosine.get(variant, MINIMUM_COSINE[variant]),
+                "minimum_cosine": bounds[variant],
                 "calibrated_on": None,
                 "calibration": {"trained": uncalibrated, "custom": uncalibrated},
                 "parity": report_of[variant].measurements(),

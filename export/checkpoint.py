@@ -43,6 +43,14 @@ class Checkpoint:
         """Number of values of an embedding."""
         return int(self.backbone.config.hidden_size)
 
+    def tokenize(self, texts: list[str], limit: int | None = None) -> list[list[int]]:
+        """Token ids of texts, cut to ``limit`` (None: the checkpoint's maximum length)."""
+        self.tokenizer.enable_truncation(self.max_length if limit is None else limit)
+        try:
+            return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+        finally:
+            self.tokenizer.no_truncation()
+
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
     """Load a BERT-family checkpoint in fp32.

@@ -47,7 +47,7 @@ class _Rows:
     label: torch.Tensor  # (n,) int64, index of a prototype
     near: torch.Tensor  # (n,) int64, -1 where there is none
     weight: torch.Tensor  # (n,) float32
-    base: torch.Tensor  # (n, dim) float32, the base model's vectors; empty without retention
+    base: torch.Tensor  # (n, dim) float32, the base model's vectors
 
 
 def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: bool = False) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
     checkpoint = load_checkpoint(recipe.base_folder())
     model = SentenceEncoder(checkpoint.backbone)
 
-    base = _embed(model, _tokenise(checkpoint, [e.task for e in examples], settings.max_tokens), quiet, "base vectors")
+    base = _embed(model, checkpoint.tokenize([e.task for e in examples], settings.max_tokens), quiet, "base vectors")
     rows = _rows(checkpoint, examples, names, settings, base)
     prototypes = nn.Parameter(_initial_prototypes(checkpoint, model, agents, rows, base, settings))
     optimizer = torch.optim.AdamW(
@@ -111,7 +111,7 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
     total = settings.epochs * math.ceil(drawn / settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, settings.warmup))
     epochs: list[dict[str, float]] = []
-    best = -1.0
+    best_epoch, best = 0, -1.0
     for epoch in range(settings.epochs):
         started = time.monotonic()
         model.train()
@@ -138,10 +138,9 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
         if not quiet:
             tqdm.write(f"epoch {epoch + 1}: " + "  ".join(f"{k} {v:.4f}" for k, v in measured.items()))
         if measured["dev_accuracy"] > best:
-            best = measured["dev_accuracy"]
+            best_epoch, best = epoch + 1, measured["dev_accuracy"]
             best_weights = {name: value.clone() for name, value in checkpoint.backbone.state_dict().items()}
             best_head = head
-    best_epoch = max(range(len(epochs)), key=lambda i: (epochs[i]["dev_accuracy"], -i))
     metrics: dict[str, Any] = {
         "recipe": recipe.name,
         "split_sha256": dataset.digest(),
@@ -153,7 +152,7 @@ def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: b
         },
         "settings": asdict(settings),
         "versions": {"torch": torch.__version__},
-        "best_epoch": best_epoch + 1,
+        "best_epoch": best_epoch,
         "epochs": epochs,
     }
     checkpoint.backbone.load_state_dict(best_weights)
@@ -178,20 +177,12 @@ def _rate(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
 
 
-def _tokenise(checkpoint: Checkpoint, tasks: list[str], limit: int) -> list[list[int]]:
-    checkpoint.tokenizer.enable_truncation(limit)
-    try:
-        return [encoding.ids for encoding in checkpoint.tokenizer.encode_batch(tasks)]
-    finally:
-        checkpoint.tokenizer.no_truncation()
-
-
 def _rows(
     checkpoint: Checkpoint, examples: list[Example], names: list[str], settings: Train, base: torch.Tensor
 ) -> _Rows:
     position = {name: i for i, name in enumerate([*names, OUT_OF_SCOPE])}
     return _Rows(
-        ids=_tokenise(checkpoint, [e.task for e in examples], settings.max_tokens),
+        ids=checkpoint.tokenize([e.task for e in examples], settings.max_tokens),
         label=torch.tensor([position[e.agent] for e in examples]),
         near=torch.tensor([position[e.near] if e.near else -1 for e in examples]),
         weight=torch.tensor([e.weight for e in examples], dtype=torch.float32),
@@ -208,7 +199,7 @@ def _initial_prototypes(
     settings: Train,
 ) -> torch.Tensor:
     """Mean base vector of each agent's tasks and its description; (agents + 1, dim), the last out of scope."""
-    described = _embed(model, _tokenise(checkpoint, [a.description or a.name for a in agents], settings.max_tokens))
+    described = _embed(model, checkpoint.tokenize([a.description or a.name for a in agents], settings.max_tokens))
     authored = rows.weight == 1.0
     means = []
     for label in range(len(agents) + 1):
@@ -288,7 +279,7 @@ def _evaluate(
 ) -> dict[str, float]:
     """Dev accuracy on in-scope tasks, on those with a tempting wrong agent, and retrieval kept."""
     scope = [e for e in dev if e.agent != OUT_OF_SCOPE]
-    vectors = _embed(model, _tokenise(checkpoint, [e.task for e in scope], settings.max_tokens))
+    vectors = _embed(model, checkpoint.tokenize([e.task for e in scope], settings.max_tokens))
     best = (vectors @ head.prototypes.T).argmax(1).tolist()
     right = [head.agents[b] == e.agent for b, e in zip(best, scope, strict=True)]
     hard = [r for r, e in zip(right, scope, strict=True) if e.near]
@@ -306,8 +297,8 @@ def _halves_mrr(checkpoint: Checkpoint, model: SentenceEncoder, tasks: list[str]
     """
     words = [task.split() for task in tasks]
     words = [w for w in words if len(w) >= 8]
-    first = _embed(model, _tokenise(checkpoint, [" ".join(w[: len(w) // 2]) for w in words], settings.max_tokens))
-    second = _embed(model, _tokenise(checkpoint, [" ".join(w[len(w) // 2 :]) for w in words], settings.max_tokens))
+    first = _embed(model, checkpoint.tokenize([" ".join(w[: len(w) // 2]) for w in words], settings.max_tokens))
+    second = _embed(model, checkpoint.tokenize([" ".join(w[len(w) // 2 :]) for w in words], settings.max_tokens))
     scores = first @ second.T
     rank = (scores > scores.diagonal()[:, None]).sum(1) + 1
     return float((1.0 / rank).mean())

@@ -77,10 +77,7 @@ class Reference:
     def __init__(self, checkpoint: Checkpoint, model: SentenceEncoder) -> None:
         """Run the network in fp32; this takes some seconds, comparing takes fewer."""
         self._texts = parity_texts("tasks")
-        checkpoint.tokenizer.enable_truncation(checkpoint.max_length)
-        tasks = [encoding.ids for encoding in checkpoint.tokenizer.encode_batch(self._texts)]
-        odd = [encoding.ids for encoding in checkpoint.tokenizer.encode_batch(parity_texts("odd"))]
-        checkpoint.tokenizer.no_truncation()
+        tasks, odd = checkpoint.tokenize(self._texts), checkpoint.tokenize(parity_texts("odd"))
         self._tasks = _run_torch(model, [_alone(row) for row in tasks])
         self._odd = _run_torch(model, [_alone(row) for row in odd])
         self._grid = {name: _run_torch(model, [case]) for name, case in _grid(tasks, checkpoint.max_length).items()}
