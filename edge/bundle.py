@@ -103,11 +103,30 @@ class EncoderSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear head: (agents + 1, dim) and (agents + 1,) float32; the last row is out of scope.
+
+    Its scores are on the scale of cosines.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
-    """Trained prototypes: (agents, dim) and (dim,) float32, unit length."""
+    """What was trained on top of the encoder; float32.
+
+    Attributes:
+        prototypes: (agents, prototypes an agent, dim), unit length. An agent's similarity is that
+            of its nearest prototype.
+        out_of_scope: (dim,), unit length: tasks that are no software work.
+        linear: Decides in the prototypes' stead, where there is one.
+    """
 
     prototypes: NDArray[np.float32]
     out_of_scope: NDArray[np.float32]
+    linear: Linear | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +266,20 @@ class Bundle:
         self.head: Head | None = None
         if table.values.get("head") is not None:
             head = table.table("head")
+            dim, count = self.encoder.dim, len(self.agents)
+            linear = None
+            if head.values.get("linear") is not None:
+                table = head.table("linear")
+                linear = Linear(
+                    _matrix(table.items("weight"), (count + 1, dim), where, unit=False),
+                    _matrix(table.items("bias"), (count + 1,), where, unit=False),
+                )
+            rows = head.items("prototypes")
+            several = len(rows[0]) if rows and isinstance(rows[0], list) else 0
             self.head = Head(
-                _matrix(head.items("prototypes"), (len(self.agents), self.encoder.dim), where),
-                _matrix(head.items("out_of_scope"), (self.encoder.dim,), where),
+                _matrix(rows, (count, several, dim), where),
+                _matrix(head.items("out_of_scope"), (dim,), where),
+                linear,
             )
 
     def goldens(self) -> list[Golden]:
@@ -440,14 +470,15 @@ def _calibration(table: _Table) -> Calibration:
     )
 
 
-def _matrix(values: list[Any], shape: tuple[int, ...], where: str) -> NDArray[np.float32]:
+def _matrix(values: list[Any], shape: tuple[int, ...], where: str, unit: bool = True) -> NDArray[np.float32]:
     try:
         matrix = np.asarray(values, dtype=np.float32)
     except (ValueError, TypeError, OverflowError):
         matrix = np.empty(0, dtype=np.float32)
-    # NaN compares false, so this catches values that are not finite as well.
-    if matrix.shape != shape or not (np.abs(np.linalg.norm(matrix, axis=-1) - 1) < 1e-3).all():
-        raise ManifestError(f"{where}: vectors must be finite, of unit length and of shape {shape}. {_COPY_AGAIN}")
+    fits = matrix.size > 0 and matrix.shape == shape and bool(np.isfinite(matrix).all())
+    if not fits or (unit and not (np.abs(np.linalg.norm(matrix, axis=-1) - 1) < 1e-3).all()):
+        length = "of unit length and " if unit else ""
+        raise ManifestError(f"{where}: vectors must be finite, {length}of shape {shape}. {_COPY_AGAIN}")
     return matrix
 
 

@@ -307,7 +307,7 @@ def _inspect(options: argparse.Namespace) -> int:
         "variants": [asdict(variant) for variant in bundle.variants],
         "default_variant": bundle.default_variant,
         "agents": [agent.name for agent in bundle.agents],
-        "head": "trained prototypes" if bundle.head else "prototypes from descriptions and examples",
+        "head": _head(bundle),
         "goldens": len(bundle.goldens()),
         "tools": bundle.tools,
     }
@@ -330,6 +330,15 @@ def _inspect(options: argparse.Namespace) -> int:
         print(f"             confidence calibrated on: {variant.calibrated_on or 'nothing; not a probability'}")
     print(f"  made with  {', '.join(f'{name} {version}' for name, version in bundle.tools.items())}")
     return 0
+
+
+def _head(bundle: Bundle) -> str:
+    if bundle.head is None:
+        return "prototypes from descriptions and examples"
+    if bundle.head.linear is not None:
+        return "linear"
+    several = bundle.head.prototypes.shape[1]
+    return "trained prototypes" if several == 1 else f"trained prototypes, {several} an agent"
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -63,14 +63,17 @@ class Signals:
 
     Attributes:
         matches: What the keyword rules found.
-        cosine: (agents,) float32 similarities to the prototypes; None without an encoder.
-        out_of_scope: Similarity to the out-of-scope prototype; None if the head has none.
+        cosine: (agents,) float32 similarities to the nearest prototypes; None without an encoder.
+        evidence: (agents,) float32, what the head says, on the scale of cosines: the same as
+            ``cosine`` unless there is a linear head; None without an encoder.
+        out_of_scope: What the head says for "nobody"; None if there is no trained head.
         truncated: The task was cut.
         empty: The task has no content.
     """
 
     matches: Matches
     cosine: NDArray[np.float32] | None
+    evidence: NDArray[np.float32] | None
     out_of_scope: float | None
     truncated: bool
     empty: bool
@@ -111,12 +114,10 @@ class Router:
         self.calibration = calibration
         self.encoder = encoder
         self._rules = KeywordRules(self.agents)
-        self._prototypes: NDArray[np.float32] | None = None
-        self._out_of_scope: NDArray[np.float32] | None = None
-        if encoder is not None and head is not None:
-            self._prototypes, self._out_of_scope = head.prototypes, head.out_of_scope
-        elif encoder is not None:
-            self._prototypes = prototypes(encoder, self.agents)
+        self._head = head
+        self._prototypes: NDArray[np.float32] | None = None  # (agents, prototypes an agent, dim)
+        if encoder is not None:
+            self._prototypes = prototypes(encoder, self.agents)[:, None] if head is None else head.prototypes
 
     @classmethod
     def load(
@@ -194,12 +195,17 @@ class Router:
         matches = self._rules.match(text)
         if self.encoder is None or self._prototypes is None:
             empty = not any(character.isprintable() and not character.isspace() for character in text)
-            return Signals(matches, None, None, truncated, empty)
+            return Signals(matches, None, None, None, truncated, empty)
         tokens = self.encoder.tokenize(text)
         vector = self.encoder.encode_tokens(tokens)
-        out_of_scope = None if self._out_of_scope is None else float(self._out_of_scope @ vector)
-        cosine: NDArray[np.float32] = self._prototypes @ vector
-        return Signals(matches, cosine, out_of_scope, truncated or tokens.truncated, tokens.empty)
+        cosine: NDArray[np.float32] = (self._prototypes @ vector).max(axis=1)
+        evidence, out_of_scope = cosine, None
+        if self._head is not None and self._head.linear is not None:
+            said = self._head.linear.weight @ vector + self._head.linear.bias
+            evidence, out_of_scope = said[:-1], float(said[-1])
+        elif self._head is not None:
+            out_of_scope = float(self._head.out_of_scope @ vector)
+        return Signals(matches, cosine, evidence, out_of_scope, truncated or tokens.truncated, tokens.empty)
 
     def decide(self, signals: Signals, strategy: str) -> Decision:
         """Weigh signals by a strategy.
@@ -258,8 +264,8 @@ def probabilities(signals: Signals, calibration: Calibration) -> NDArray[np.floa
             logits[position] += calibration.matched
     for position in signals.matches.first:
         logits[position] += calibration.first
-    if signals.cosine is not None:
-        logits += calibration.cosine * signals.cosine.astype(np.float64)
+    if signals.evidence is not None:
+        logits += calibration.cosine * signals.evidence.astype(np.float64)
     rest = -np.inf
     if calibration.out_of_scope is not None:
         rest = calibration.out_of_scope + calibration.cosine * (signals.out_of_scope or 0.0)

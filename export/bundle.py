@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from tqdm import tqdm
+from transformers import BertModel
 
 from edge.agents import Agent
 from edge.bundle import FORMAT, MANIFEST, MANIFEST_DIGEST, Bundle, manifest_digest
@@ -59,7 +60,6 @@ def build_bundle(
     variants: Sequence[str] = VARIANTS,
     labelled: Sequence[Labelled] = (),
     labelled_name: str | None = None,
-    false_abstain: float = 0.02,
     minimum_cosine: dict[str, float] | None = None,
     replace: bool = False,
     quiet: bool = False,
@@ -78,7 +78,6 @@ def build_bundle(
         variants: Which graphs to ship, of ``fp32`` and ``int8``; the last one is the default.
         labelled: Tasks to calibrate on; without any, confidences are marked as uncalibrated.
         labelled_name: What the manifest calls them.
-        false_abstain: Share of the in-scope labelled tasks that may be abstained from.
         minimum_cosine: Bounds by variant, in place of ``MINIMUM_COSINE``.
         replace: Replace an existing ``out``.
         quiet: No progress on standard error.
@@ -116,6 +115,8 @@ def build_bundle(
             f"{', '.join(names)}. Give the agents file of its recipe, or delete head.safetensors to route by "
             "descriptions."
         )
+    if not isinstance(checkpoint.backbone, BertModel):
+        raise CheckpointError(f"{checkpoint_folder}: only BERT encoders can be exported. Distil it into one.")
     model = SentenceEncoder(checkpoint.backbone).eval()
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -153,7 +154,7 @@ def build_bundle(
         _write_manifest(work, manifest)
         for entry in manifest["variants"]:
             if labelled:
-                _calibrate(work, entry, names, labelled, false_abstain)
+                _calibrate(work, entry, names, labelled)
                 entry["calibrated_on"] = (
                     f"{labelled_name}, {len(labelled)} tasks" if labelled_name else str(len(labelled))
                 )
@@ -205,7 +206,13 @@ def _write_parts(folder: Path, checkpoint: Checkpoint, model: SentenceEncoder, a
             "agents": [asdict(agent) for agent in agents],
             "head": None
             if head is None
-            else {"prototypes": _rounded(head.prototypes), "out_of_scope": _rounded(head.out_of_scope)},
+            else {
+                "prototypes": _rounded(head.prototypes),
+                "out_of_scope": _rounded(head.out_of_scope),
+                "linear": None
+                if head.linear is None
+                else {"weight": _rounded(head.linear.weight), "bias": _rounded(head.linear.bias)},
+            },
         },
     )
     goldens = []
@@ -272,7 +279,6 @@ def _calibrate(
     entry: dict[str, Any],
     names: Sequence[str],
     labelled: Sequence[Labelled],
-    false_abstain: float,
 ) -> None:
     """Fit this variant's weights by routing the labelled tasks with the bundle itself."""
     bundle = Bundle.open(folder)
@@ -281,7 +287,7 @@ def _calibrate(
     for kind, agents in (("trained", None), ("custom", list(bundle.agents))):
         router = Router.load(bundle, variant=entry["id"], agents=agents)
         signals = [router.signals(row.task) for row in labelled]
-        fitted[kind] = calibrate(signals, labelled, names, false_abstain)
+        fitted[kind] = calibrate(signals, labelled, names)
     entry["calibration"] = {
         kind: {
             strategy: {key: None if value is None else round(value, 5) for key, value in asdict(calibration).items()}

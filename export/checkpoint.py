@@ -11,21 +11,31 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel
 
 from export.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """Trained prototypes, one row per agent; unit fp32 vectors in the embedding space.
+class Linear:
+    """A linear head; its scores are on the scale of cosines. The last row is out of scope."""
 
-    ``out_of_scope`` stands for tasks that are no software work at all.
+    weight: torch.Tensor  # (agents + 1, dim)
+    bias: torch.Tensor  # (agents + 1,)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Trained prototypes, one or several per agent: unit fp32 vectors in the embedding space.
+
+    ``out_of_scope`` stands for tasks that are no software work at all. ``linear`` decides in the
+    prototypes' stead where there is one.
     """
 
     agents: tuple[str, ...]
-    prototypes: torch.Tensor  # (agents, dim)
+    prototypes: torch.Tensor  # (agents, prototypes an agent, dim)
     out_of_scope: torch.Tensor  # (dim,)
+    linear: Linear | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +43,7 @@ class Checkpoint:
     """An encoder as it was trained: backbone, tokenizer, and how tokens become one vector."""
 
     folder: Path
-    backbone: BertModel
+    backbone: BertModel | MPNetModel
     tokenizer: Tokenizer
     max_length: int
     head: Head | None
@@ -53,7 +63,7 @@ class Checkpoint:
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Load a BERT-family checkpoint in fp32.
+    """Load a BERT or MPNet checkpoint in fp32.
 
     ``modules.json`` (sentence-transformers) is honoured where it exists: mean pooling and
     normalisation are what this version exports, anything else is refused. A plain Hugging Face
@@ -67,12 +77,15 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Give a Hugging Face or sentence-transformers folder.")
     config_values = _json(folder / "config.json")
-    if config_values.get("model_type") != "bert":
+    kind = config_values.get("model_type")
+    if kind not in ("bert", "mpnet"):
         raise CheckpointError(
-            f"{folder}: model_type {config_values.get('model_type')!r} is not supported. Use a BERT-family encoder "
-            "(model_type 'bert', for example all-MiniLM-L6-v2)."
+            f"{folder}: model_type {kind!r} is not supported. Use an encoder of type 'bert' or 'mpnet' "
+            "(all-MiniLM-L6-v2 or all-mpnet-base-v2, for example)."
         )
-    max_length = _check_modules(folder, int(config_values.get("max_position_embeddings", 512)))
+    positions = int(config_values.get("max_position_embeddings", 512))
+    # MPNet numbers its positions from 2 on, as RoBERTa does.
+    max_length = _check_modules(folder, positions if kind == "bert" else positions - 2)
     weights_path = folder / "model.safetensors"
     if not weights_path.is_file():
         hint = "convert pytorch_model.bin with transformers' save_pretrained(safe_serialization=True); "
@@ -84,11 +97,11 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         weights = {name: value.float() for name, value in load_file(weights_path).items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{weights_path}: not a whole safetensors file ({error}). Copy it again.") from None
-    config = BertConfig.from_dict(config_values)
+    config = (BertConfig if kind == "bert" else MPNetConfig).from_dict(config_values)
     # Eager attention takes the additive mask that the wrapper makes, in training and in export.
     config._attn_implementation = "eager"
-    backbone = BertModel(config, add_pooling_layer=False)  # type: ignore[no-untyped-call]
-    weights = {name.removeprefix("bert."): value for name, value in weights.items()}
+    backbone = (BertModel if kind == "bert" else MPNetModel)(config, add_pooling_layer=False)
+    weights = {name.removeprefix(f"{kind}."): value for name, value in weights.items()}
     expected = backbone.state_dict()
     missing = sorted(set(expected) - set(weights))
     wrong = sorted(name for name in set(expected) & set(weights) if expected[name].shape != weights[name].shape)
@@ -116,7 +129,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, head: Head) -> None:
     config = checkpoint.backbone.config.to_diff_dict()
     for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "gradient_checkpointing"):
         config.pop(key, None)
-    config |= {"model_type": "bert", "architectures": ["BertModel"], "torch_dtype": "float16"}
+    backbone = checkpoint.backbone
+    config |= {"model_type": backbone.config.model_type, "architectures": [type(backbone).__name__]}
+    config["torch_dtype"] = "float16"
     _write_json(folder / "config.json", config)
     checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": checkpoint.max_length, "do_lower_case": False})
@@ -131,8 +146,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, head: Head) -> None:
     (folder / "1_Pooling").mkdir(exist_ok=True)
     pooling = {"word_embedding_dimension": checkpoint.dim, "pooling_mode_mean_tokens": True}
     _write_json(folder / "1_Pooling" / "config.json", pooling)
+    tensors = {"prototypes": head.prototypes.contiguous(), "out_of_scope": head.out_of_scope.contiguous()}
+    if head.linear is not None:
+        tensors |= {"weight": head.linear.weight.contiguous(), "bias": head.linear.bias.contiguous()}
     save_file(
-        {"prototypes": head.prototypes.contiguous(), "out_of_scope": head.out_of_scope.contiguous()},
+        tensors,
         folder / "head.safetensors",
         metadata={"agents": json.dumps(head.agents)},
     )
@@ -148,11 +166,17 @@ def _load_head(folder: Path, dim: int) -> Head | None:
         with safe_open(path, framework="pt") as stream:
             agents = tuple(json.loads((stream.metadata() or {})["agents"]))
             prototypes, out_of_scope = stream.get_tensor("prototypes"), stream.get_tensor("out_of_scope")
+            linear = None
+            if "weight" in stream.keys():  # noqa: SIM118 (no mapping)
+                linear = Linear(stream.get_tensor("weight"), stream.get_tensor("bias"))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: not a head file ({error}). Fine-tune again or delete it.") from None
-    if prototypes.shape != (len(agents), dim) or out_of_scope.shape != (dim,):
-        raise CheckpointError(f"{path}: prototypes of shape {tuple(prototypes.shape)} do not fit. Fine-tune again.")
-    return Head(agents, prototypes, out_of_scope)
+    fits = prototypes.ndim == 3 and prototypes.shape[::2] == (len(agents), dim) and out_of_scope.shape == (dim,)
+    if fits and linear is not None:
+        fits = linear.weight.shape == (len(agents) + 1, dim) and linear.bias.shape == (len(agents) + 1,)
+    if not fits:
+        raise CheckpointError(f"{path}: tensors of shapes that do not fit the encoder. Fine-tune again.")
+    return Head(agents, prototypes, out_of_scope, linear)
 
 
 def _check_modules(folder: Path, max_positions: int) -> int:

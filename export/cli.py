@@ -1,8 +1,9 @@
-"""The command ``ruvltra-export``: finetune, split, bundle."""
+"""The command ``ruvltra-export``: finetune, soft-labels, mine-commits, split, bundle."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from edge import __version__
 from edge.errors import EdgeError, MissingExtra
+from export.errors import RecipeError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,16 +40,58 @@ def _parser() -> argparse.ArgumentParser:
 
     finetune = verbs.add_parser(
         "finetune",
-        help="train a recipe's checkpoint",
-        description="Train a recipe's checkpoint against agent prototypes and keep the best epoch by dev accuracy.",
+        help="train an encoder and its agents' prototypes",
+        description="Train a recipe's checkpoint and keep the best epoch by dev accuracy. With --from, go on from a "
+        "checkpoint or bundle, gently; with --extra, train on tasks of your own as well. A run that was killed goes "
+        "on where it was when it is started again.",
     )
-    finetune.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    finetune.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE.toml", help="may be left out with --from and --extra"
+    )
     finetune.add_argument("--out", type=Path, metavar="DIR", help="default: checkpoint/ beside the recipe")
     finetune.add_argument(
         "--commits", type=Path, metavar="FILE.jsonl", help="labelled commit subjects, if the recipe trains on them"
     )
+    finetune.add_argument(
+        "--from", type=Path, dest="start", metavar="DIR", help="checkpoint or bundle to go on from, by short settings"
+    )
+    finetune.add_argument(
+        "--extra",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.jsonl",
+        help='more tasks {"task", "agent"} to train on, from mine-commits for example; may be repeated',
+    )
+    finetune.add_argument(
+        "--base", type=Path, metavar="DIR", help="where the recipe's base weights lie, if not where it says"
+    )
+    finetune.add_argument("--restart", action="store_true", help="do not resume a run that was killed")
     finetune.add_argument("--quiet", action="store_true", help="no progress bar")
     finetune.set_defaults(run=_finetune)
+
+    soft = verbs.add_parser(
+        "soft-labels",
+        help="have a larger teacher label a recipe's tasks",
+        description="Write a fine-tuned teacher's probabilities for every training task of a recipe, made-up "
+        "variations included, for its soft_weight to train on.",
+    )
+    soft.add_argument("teacher", type=Path, metavar="CHECKPOINT")
+    soft.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    soft.add_argument("--commits", type=Path, metavar="FILE.jsonl", help="as for finetune")
+    soft.add_argument("--quiet", action="store_true", help="no progress bar")
+    soft.set_defaults(run=_soft_labels)
+
+    mine = verbs.add_parser(
+        "mine-commits",
+        help="turn git histories into labelled tasks",
+        description="Turn the conventional commits of git checkouts into labelled tasks: feat to coder, fix to "
+        "debugger, docs to documenter, refactor to refactorer, test to tester, perf to optimizer, ci to devops.",
+    )
+    mine.add_argument("repositories", type=Path, nargs="+", metavar="REPO", help="folder of a git checkout")
+    mine.add_argument("--out", type=Path, metavar="FILE.jsonl", required=True)
+    mine.add_argument("--json", action="store_true", help="write the counts as JSON")
+    mine.set_defaults(run=_mine_commits)
 
     split = verbs.add_parser(
         "split",
@@ -113,13 +157,62 @@ def _require_torch() -> None:
 def _finetune(options: argparse.Namespace) -> int:
     _require_torch()
     from export.finetune import finetune
+    from export.plan import plan_adaptation, plan_recipe
     from export.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe)
-    out = options.out or recipe.resolve("checkpoint")
-    metrics = finetune(recipe, out, commits=options.commits, quiet=options.quiet)
+    if options.recipe is None and (options.start is None or not options.extra):
+        raise RecipeError("give a recipe, or both --from and --extra.")
+    if options.recipe is not None:
+        recipe = load_recipe(options.recipe)
+        if options.base is not None:
+            recipe = dataclasses.replace(recipe, base=str(options.base.resolve()))
+        plan = plan_recipe(recipe, commits=options.commits, start=options.start, extra=options.extra)
+    else:
+        plan = plan_adaptation(options.start, options.extra)
+    if options.out is None and (options.start is not None or options.recipe is None):
+        raise RecipeError("--from needs an --out, so that no shipped checkpoint is replaced by an adapted one.")
+    out = options.out or options.recipe.parent / "checkpoint"
+    metrics = finetune(plan, out, restart=options.restart, quiet=options.quiet)
     best = metrics["epochs"][metrics["best_epoch"] - 1]
     print(f"{out}: best epoch {metrics['best_epoch']}, dev accuracy {best['dev_accuracy']:.4f}")
+    return 0
+
+
+def _soft_labels(options: argparse.Namespace) -> int:
+    _require_torch()
+    from export.checkpoint import load_checkpoint
+    from export.plan import training_texts
+    from export.recipe import load_recipe
+    from export.soft_labels import write_soft_labels
+
+    recipe = load_recipe(options.recipe)
+    if not recipe.data.soft_labels:
+        raise RecipeError(f"{recipe.path}: names no file under [data] soft_labels. Add the key.")
+    path = recipe.resolve(recipe.data.soft_labels)
+    teacher = load_checkpoint(options.teacher)
+    texts = training_texts(recipe, options.commits)
+    count = write_soft_labels(path, teacher, texts, recipe.train.temperature, options.quiet)
+    print(f"{path}: {count} tasks")
+    return 0
+
+
+def _mine_commits(options: argparse.Namespace) -> int:
+    from export.commits import mine_commits
+
+    mined = mine_commits(options.repositories)
+    if not mined.rows:
+        raise RecipeError("no conventional commits found ('feat: ...', 'fix(parser): ...'). Give other repositories.")
+    partial = options.out.with_name(options.out.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in mined.rows), encoding="utf-8")
+    partial.replace(options.out)
+    if options.json:
+        print(json.dumps({"file": str(options.out), "tasks": mined.counts, "left_out": mined.left_out}))
+        return 0
+    print(f"{options.out}: {len(mined.rows)} tasks")
+    for title, counts in (("tasks by agent", mined.counts), ("commits left out", mined.left_out)):
+        print(f"{title}:")
+        for name, count in counts.items():
+            print(f"  {count:>7}  {name}")
     return 0
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.errors import RecipeError
-from export.recipe import Recipe
+from export.recipe import Recipe, Split
 
 OUT_OF_SCOPE = "none"
 
@@ -29,6 +29,14 @@ class Example:
     agent: str
     near: str | None = None
     weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Judged scores of several candidate agents for one task."""
+
+    task: str
+    scores: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,26 +119,7 @@ def load_dataset(recipe: Recipe, agents: list[str]) -> Dataset:
                 raise RecipeError(f"{path}:{n}: a pair needs objects under 'a' and 'b'. Correct the line.")
             a, b = (_example(side, f"{path}:{n}", known) for side in sides if isinstance(side, dict))
             groups.append([Example(a.task, a.agent, b.agent), Example(b.task, b.agent, a.agent)])
-    parts: dict[str, list[Example]] = {"train": [], "dev": [], "test": []}
-    label_of: dict[str, str] = {}
-    for group in _join_near_duplicates(groups, recipe.split.near_duplicate):
-        key = min(hashlib.sha256((recipe.split.salt + normalise(e.task)).encode()).hexdigest() for e in group)
-        position = int(key[:8], 16) / 0xFFFFFFFF * 100
-        dev, test = recipe.split.dev_percent, recipe.split.test_percent
-        part = "dev" if position < dev else "test" if position < dev + test else "train"
-        for example in group:
-            text = normalise(example.task)
-            if label_of.setdefault(text, example.agent) != example.agent:
-                raise RecipeError(
-                    f"{recipe.path}: the task {example.task!r} is labelled both {label_of[text]} and {example.agent}. "
-                    "Keep one."
-                )
-        seen: set[str] = set()
-        for example in group:
-            if normalise(example.task) not in seen:
-                seen.add(normalise(example.task))
-                parts[part].append(example)
-    dataset = Dataset(**parts)
+    dataset = split_groups(groups, recipe.split, str(recipe.path))
     if recipe.split.sha256 and dataset.digest() != recipe.split.sha256:
         raise RecipeError(
             f"{recipe.path}: the data give the partition {dataset.digest()}, not the stated {recipe.split.sha256}. "
@@ -139,10 +128,36 @@ def load_dataset(recipe: Recipe, agents: list[str]) -> Dataset:
     return dataset
 
 
+def split_groups(groups: list[list[Example]], split: Split, where: str) -> Dataset:
+    """Join near-duplicates and put every group into a part by a hash of its text.
+
+    Raises:
+        RecipeError: One text carries two labels; the message begins with ``where``.
+    """
+    parts: dict[str, list[Example]] = {"train": [], "dev": [], "test": []}
+    label_of: dict[str, str] = {}
+    for group in _join_near_duplicates(groups, split.near_duplicate):
+        key = min(hashlib.sha256((split.salt + normalise(e.task)).encode()).hexdigest() for e in group)
+        position = int(key[:8], 16) / 0xFFFFFFFF * 100
+        dev, test = split.dev_percent, split.test_percent
+        part = "dev" if position < dev else "test" if position < dev + test else "train"
+        for example in group:
+            text = normalise(example.task)
+            if label_of.setdefault(text, example.agent) != example.agent:
+                raise RecipeError(
+                    f"{where}: the task {example.task!r} is labelled both {label_of[text]} and {example.agent}. "
+                    "Keep one."
+                )
+        seen: set[str] = set()
+        for example in group:
+            if normalise(example.task) not in seen:
+                seen.add(normalise(example.task))
+                parts[part].append(example)
+    return Dataset(**parts)
+
+
 def load_commits(path: Path, recipe: Recipe, agents: list[str], dataset: Dataset) -> list[Example]:
     """Commit subjects for training; those that equal a dev or test task are left out."""
-    held_out = {normalise(e.task) for e in (*dataset.dev, *dataset.test)}
-    known = set(agents)
     if recipe.commits.sha256:
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
         if digest != recipe.commits.sha256:
@@ -150,8 +165,38 @@ def load_commits(path: Path, recipe: Recipe, agents: list[str], dataset: Dataset
                 f"{path}: sha256 {digest} is not the recipe's {recipe.commits.sha256}. Give the file that the recipe "
                 "was written for, or change sha256 under [commits] (empty takes any)."
             )
+    return load_extra(path, agents, dataset, recipe.commits.weight)
+
+
+def load_extra(path: Path, agents: list[str], dataset: Dataset, weight: float) -> list[Example]:
+    """More tasks to train on, ``{"task", "agent"}``; those that equal a dev or test task are left out."""
+    held_out = {normalise(e.task) for e in (*dataset.dev, *dataset.test)}
+    known = {*agents, OUT_OF_SCOPE}
     rows = (_example(row, f"{path}:{n}", known) for n, row in read_jsonl(path))
-    return [Example(e.task, e.agent, None, recipe.commits.weight) for e in rows if normalise(e.task) not in held_out]
+    return [Example(e.task, e.agent, e.near, weight) for e in rows if normalise(e.task) not in held_out]
+
+
+def load_preferences(path: Path, agents: list[str], dataset: Dataset) -> list[Judged]:
+    """Rows ``{"task", "scores": {agent: score}}``; those that equal a dev or test task are left out.
+
+    Raises:
+        RecipeError: A row is broken, or names an unknown agent or fewer than two.
+    """
+    held_out = {normalise(e.task) for e in (*dataset.dev, *dataset.test)}
+    judged = []
+    for n, row in read_jsonl(path):
+        task, scores = row.get("task"), row.get("scores")
+        if not isinstance(task, str) or not isinstance(scores, dict) or len(scores) < 2:
+            raise RecipeError(
+                f'{path}:{n}: not {{"task": text, "scores": {{agent: score, ...}}}} with two or more '
+                "agents. Correct the line."
+            )
+        for agent, score in scores.items():
+            if agent not in agents or isinstance(score, bool) or not isinstance(score, (int, float)):
+                raise RecipeError(f"{path}:{n}: {agent!r}: {score!r} is not an agent with a number. Correct the line.")
+        if normalise(task) not in held_out:
+            judged.append(Judged(task, tuple((agent, float(score)) for agent, score in scores.items())))
+    return judged
 
 
 def normalise(text: str) -> str:

@@ -1,42 +1,89 @@
 """Contrastive fine-tuning of an encoder and its agents' prototypes.
 
-Every task is pulled to its agent's prototype and pushed from the others by two losses on cosine
-similarities:
-
-* InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) over the prototypes, temperature 0.07;
-* a triplet margin loss (Schroff et al. 2015, arXiv:1503.03832), margin 0.5, whose negative is the
-  agent that the author noted as the tempting wrong one, or else the nearest wrong prototype.
-
-A third term keeps the encoder from collapsing into one point per agent. It pulls the batch's
-pairwise similarities to those of a vector that is the base model's beside a one-hot label, in fixed
-shares: ``(1 - s) * base + s * [same agent]``. What a text is about stays in its vector, which
+Every task is pulled to its agent's prototype and pushed from the others by the terms of
+:mod:`export.losses`; the recipe weighs them, and a weight of 0 leaves a term out. Retention keeps
+the encoder from collapsing into one point per agent: what a text is about stays in its vector, which
 retrieval and agents that were never trained live on.
+
+The state after each epoch is kept beside the output until training is done, so that a run that was
+killed goes on where it was.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
 import random
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from edge.agents import Agent, load_agents
+from edge.agents import Agent
 from edge.errors import MissingExtra
-from export.checkpoint import Checkpoint, Head, load_checkpoint, save_checkpoint
-from export.dataset import OUT_OF_SCOPE, Example, load_commits, load_dataset
+from export import losses
+from export.checkpoint import Checkpoint, Head, save_checkpoint
+from export.dataset import OUT_OF_SCOPE, Dataset, Example, Judged
 from export.errors import RecipeError
-from export.recipe import Recipe, Train
+from export.heads import choose_head
+from export.recipe import Train
 from export.wrapper import SentenceEncoder
+
+_PREFERENCES_A_STEP = 16  # judged tasks that join each batch
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to train from what on what.
+
+    Attributes:
+        name: For ``metrics.json``.
+        start: Checkpoint to train; its head, if it is of the same agents, gives the first prototypes.
+        reference: Checkpoint whose vectors are retained or imitated; ``start`` as it was, as a rule.
+        agents: The agents of the labels.
+        dataset: Tasks to train on and to judge by.
+        extra: More tasks to train on, of which each epoch draws a share: commit subjects, whose labels
+            are not to be trusted, and variations, whose weight as labelled tasks is 0.
+        judged: Preferences, for the reward term.
+        soft: A teacher's probabilities (agents, then out of scope) by task.
+        settings: How.
+    """
+
+    name: str
+    start: Checkpoint
+    reference: Checkpoint
+    agents: Sequence[Agent]
+    dataset: Dataset
+    settings: Train
+    extra: Sequence[Example] = ()
+    judged: Sequence[Judged] = ()
+    soft: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the agents."""
+        return [agent.name for agent in self.agents]
+
+    def fingerprint(self) -> str:
+        """Digest of all that decides a run, so that no run is resumed with another's state."""
+        digest = hashlib.sha256(self.dataset.digest().encode())
+        for part in (asdict(self.settings), [*map(asdict, self.extra)], [*map(asdict, self.judged)]):
+            digest.update(json.dumps(part, sort_keys=True).encode())
+        for checkpoint in (self.start, self.reference):
+            digest.update(checkpoint.backbone.embeddings.word_embeddings.weight.detach().numpy().tobytes())
+        for task, probabilities in sorted(self.soft.items()):
+            digest.update(task.encode() + probabilities.numpy().tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,126 +94,229 @@ class _Rows:
     label: torch.Tensor  # (n,) int64, index of a prototype
     near: torch.Tensor  # (n,) int64, -1 where there is none
     weight: torch.Tensor  # (n,) float32
-    base: torch.Tensor  # (n, dim) float32, the base model's vectors
+    reference: torch.Tensor  # (n, dim) float32, the reference's vectors
+    soft: torch.Tensor  # (n, agents + 1) float32, a teacher's probabilities; (0, agents + 1) if not in use
+    authored: int  # the first so many have labels that are trusted
 
 
-def finetune(recipe: Recipe, out: Path, *, commits: Path | None = None, quiet: bool = False) -> dict[str, Any]:
-    """Train the recipe's checkpoint and write it to ``out`` with metrics and plots.
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    ids: list[list[int]]
+    advantage: torch.Tensor  # (groups, agents) float32
+
+
+class _Network(nn.Module):
+    """All that is trained: the encoder, and (agents + 1, dim) prototypes."""
+
+    def __init__(self, encoder: SentenceEncoder, prototypes: torch.Tensor) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.prototypes = nn.Parameter(prototypes)
+
+
+class _Run:
+    """What changes while training: weights, optimiser, averages, best epoch; saved and restored."""
+
+    def __init__(self, plan: Plan, network: _Network, steps: int) -> None:
+        self.settings = plan.settings
+        self.fingerprint = plan.fingerprint()
+        self.network = network
+        self.steps = steps
+        self.step = 0
+        self.epochs: list[dict[str, float]] = []
+        self.best_epoch = 0
+        self.best: dict[str, torch.Tensor] = {}
+        self.optimizer = torch.optim.AdamW(_parameter_groups(network, plan.settings), fused=True)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._average: AveragedModel | None = None
+        if self.settings.average > 0:
+            average = get_ema_multi_avg_fn(self.settings.average)  # type: ignore[no-untyped-call]
+            self._average = AveragedModel(network, multi_avg_fn=average)
+
+    def update(self, loss: torch.Tensor) -> None:
+        """One step of the optimiser, at the schedule's rate."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * _rate(self.step, self.steps, self.settings.warmup)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.gradient_clip)
+        self.optimizer.step()
+        self.step += 1
+        if self._average is not None:
+            self._average.update_parameters(self.network)
+
+    def averaged(self) -> _Network:
+        """The network to judge and to keep: the average, where there is one."""
+        if self._average is None:
+            return self.network
+        network = self._average.module
+        assert isinstance(network, _Network)
+        return network
+
+    def finish_epoch(self, measured: dict[str, float], folder: Path) -> None:
+        """Note an epoch's figures, keep its weights if they are the best so far, save the state."""
+        self.epochs.append(measured)
+        if len(self.epochs) == 1 or measured["dev_accuracy"] > self.epochs[self.best_epoch - 1]["dev_accuracy"]:
+            self.best_epoch = len(self.epochs)
+            self.best = {name: value.clone() for name, value in self.averaged().state_dict().items()}
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        tensors["random"] = torch.get_rng_state()
+        if self._average is not None:
+            tensors |= {f"average.{name}": value for name, value in self._average.state_dict().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        partial = folder.with_name(folder.name + ".new")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({name: value.contiguous().clone() for name, value in tensors.items()}, partial / "state.safetensors")
+        note = {
+            "fingerprint": self.fingerprint,
+            "step": self.step,
+            "best_epoch": self.best_epoch,
+            "epochs": self.epochs,
+        }
+        (partial / "state.json").write_text(json.dumps(note) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    def resume(self, folder: Path) -> None:
+        """Take up the state in ``folder``, if there is one.
+
+        Raises:
+            RecipeError: It is another run's, or it is broken.
+        """
+        if not folder.exists():
+            return
+        remedy = "Train with --restart to begin anew, or choose another --out."
+        try:
+            note = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            tensors = load_file(folder / "state.safetensors")
+        except Exception as error:  # safetensors raises its own
+            raise RecipeError(f"{folder}: the state of an earlier run cannot be read ({error}). {remedy}") from None
+        if note["fingerprint"] != self.fingerprint:
+            raise RecipeError(f"{folder}: holds a run with other settings, data or weights. {remedy}")
+
+        def under(prefix: str) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.network.load_state_dict(under("network."))
+        self.best = under("best.")
+        torch.set_rng_state(tensors["random"])
+        if self._average is not None:
+            self._average.load_state_dict(under("average."))
+        state = self.optimizer.state_dict()
+        for name, value in under("optimizer.").items():
+            index, key = name.split(".")
+            state["state"].setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict(state)
+        self.step, self.best_epoch, self.epochs = note["step"], note["best_epoch"], note["epochs"]
+
+
+def finetune(plan: Plan, out: Path, *, restart: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Carry out a plan and write checkpoint, head, metrics and plots to ``out``.
 
     The epoch with the best dev accuracy (in-scope tasks, nearest prototype) is kept.
 
     Args:
-        recipe: What to train and how.
+        plan: What to train and how.
         out: Folder for the checkpoint, ``metrics.json`` and ``training.png``.
-        commits: File of commit subjects; needed if the recipe gives them a weight.
+        restart: Do not resume a run that was killed.
         quiet: No progress bar.
 
     Returns:
         The content of ``metrics.json``.
 
     Raises:
-        RecipeError: Data or base weights are not what the recipe says.
+        RecipeError: The data or ``out`` cannot be used, or ``out`` holds the state of another run.
     """
+    settings = plan.settings
     if out.exists() and not (out / "metrics.json").exists():
         raise RecipeError(
             f"{out}: exists and is no checkpoint of an earlier training. Choose another folder for --out."
         )
-    agents = load_agents(recipe.resolve(recipe.agents))
-    names = [agent.name for agent in agents]
-    dataset = load_dataset(recipe, names)
-    examples = list(dataset.train)
-    if recipe.commits.weight > 0:
-        if commits is None:
-            raise RecipeError(
-                f"{recipe.path}: trains on commit subjects, which are not in the repository. Give a file of "
-                '{"task", "agent"} lines with --commits, or set weight = 0 under [commits].'
-            )
-        examples += load_commits(commits, recipe, names, dataset)
-    settings = recipe.train
     if importlib.util.find_spec("matplotlib") is None:  # asked now, not after an hour of training
         raise MissingExtra("ruvltra-export finetune", "train")
     if settings.epochs < 1:
-        raise RecipeError(f"{recipe.path}: train: epochs must be at least 1. Correct it.")
+        raise RecipeError(f"{plan.name}: epochs must be at least 1. Correct the recipe.")
+    resuming = out.with_name(out.name + ".resume")
+    if restart:
+        shutil.rmtree(resuming, ignore_errors=True)
     torch.manual_seed(settings.seed)
-    checkpoint = load_checkpoint(recipe.base_folder())
-    model = SentenceEncoder(checkpoint.backbone)
-
-    base = _embed(model, checkpoint.tokenize([e.task for e in examples], settings.max_tokens), quiet, "base vectors")
-    rows = _rows(checkpoint, examples, names, settings, base)
-    prototypes = nn.Parameter(_initial_prototypes(checkpoint, model, agents, rows, base, settings))
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.ndim > 1], "lr": settings.learning_rate},
-            {
-                "params": [p for p in model.parameters() if p.ndim <= 1],
-                "lr": settings.learning_rate,
-                "weight_decay": 0.0,
-            },
-            {"params": [prototypes], "lr": settings.head_learning_rate, "weight_decay": 0.0},
-        ],
-        weight_decay=settings.weight_decay,
-    )
-    authored = len(dataset.train)
-    drawn = authored + int(recipe.commits.share * (len(examples) - authored))
-    total = settings.epochs * math.ceil(drawn / settings.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, settings.warmup))
-    epochs: list[dict[str, float]] = []
-    best_epoch, best = 0, -1.0
-    for epoch in range(settings.epochs):
+    examples = [*plan.dataset.train, *plan.extra]
+    rows = _rows(plan, examples, quiet)
+    judged = _judged(plan)
+    network = _Network(SentenceEncoder(plan.start.backbone), _initial_prototypes(plan, rows))
+    drawn = rows.authored + int(settings.extra_share * (len(examples) - rows.authored))
+    run = _Run(plan, network, settings.epochs * math.ceil(drawn / settings.batch_size))
+    run.resume(resuming)
+    if run.epochs and not quiet:
+        tqdm.write(f"resumed after epoch {len(run.epochs)}")
+    for epoch in range(len(run.epochs), settings.epochs):
         started = time.monotonic()
-        model.train()
-        sums = {"loss": 0.0, "infonce": 0.0, "triplet": 0.0, "retention": 0.0}
-        batches = list(_batches(rows, authored, drawn, settings, epoch))
+        negatives = _mine(network, rows, settings) if settings.hard_negatives else None
+        batches = _batches(rows, drawn, settings, epoch, negatives)
+        network.train()
+        sums: dict[str, float] = {}
         bar = tqdm(batches, desc=f"epoch {epoch + 1}/{settings.epochs}", disable=quiet, unit="batch")
-        for step, index in enumerate(bar, 1):
-            terms = _losses(model, prototypes, rows, index, settings)
-            loss = terms["infonce"] + settings.triplet_weight * terms["triplet"]
-            loss = loss + settings.retention_weight * terms["retention"]
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_([*model.parameters(), prototypes], settings.gradient_clip)
-            optimizer.step()
-            schedule.step()
+        for done, index in enumerate(bar, 1):
+            terms = _losses(network, rows, index, settings)
+            if judged is not None:
+                terms["reward"] = _reward(network, judged, run.step, settings)
+            weights = _weights(settings)
+            loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+            run.update(loss)
             for name, value in {"loss": loss, **terms}.items():
-                sums[name] += float(value.detach())
-            bar.set_postfix(loss=f"{sums['loss'] / step:.3f}")
-        head = _head(names, prototypes)
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+            bar.set_postfix({name: f"{value / done:.3f}" for name, value in sums.items()})
         measured = {name: value / len(batches) for name, value in sums.items()}
-        measured |= _evaluate(checkpoint, model, head, dataset.dev, settings)
+        measured |= _evaluate(plan, run.averaged())
         measured["seconds"] = time.monotonic() - started
-        epochs.append(measured)
         if not quiet:
             tqdm.write(f"epoch {epoch + 1}: " + "  ".join(f"{k} {v:.4f}" for k, v in measured.items()))
-        if measured["dev_accuracy"] > best:
-            best_epoch, best = epoch + 1, measured["dev_accuracy"]
-            best_weights = {name: value.clone() for name, value in checkpoint.backbone.state_dict().items()}
-            best_head = head
+        run.finish_epoch(measured, resuming)
+    network.load_state_dict(run.best)
+    parts = {
+        part: (
+            _embed(network.encoder, plan.start.tokenize([e.task for e in members], settings.max_tokens), settings),
+            torch.tensor([_position(plan, e.agent) for e in members]),
+        )
+        for part, members in (("train", plan.dataset.train), ("dev", plan.dataset.dev))
+    }
+    head, compared = choose_head(_head(plan.names, network), parts, settings.heads)
     metrics: dict[str, Any] = {
-        "recipe": recipe.name,
-        "split_sha256": dataset.digest(),
+        "recipe": plan.name,
+        "split_sha256": plan.dataset.digest(),
         "examples": {
-            "train": len(dataset.train),
-            "dev": len(dataset.dev),
-            "test": len(dataset.test),
-            "commits": len(examples) - len(dataset.train),
+            "train": len(plan.dataset.train),
+            "dev": len(plan.dataset.dev),
+            "test": len(plan.dataset.test),
+            "extra": len(plan.extra),
+            "judged": len(plan.judged),
+            "soft": len(plan.soft),
         },
         "settings": asdict(settings),
         "versions": {"torch": torch.__version__},
-        "best_epoch": best_epoch,
-        "epochs": epochs,
+        "best_epoch": run.best_epoch,
+        "heads": compared,
+        "epochs": run.epochs,
     }
-    checkpoint.backbone.load_state_dict(best_weights)
+    _write(out, plan.start, head, metrics)
+    shutil.rmtree(resuming, ignore_errors=True)
+    return metrics
+
+
+def _write(out: Path, checkpoint: Checkpoint, head: Head, metrics: dict[str, Any]) -> None:
     partial = out.with_name(out.name + ".partial")
     try:
-        save_checkpoint(partial, checkpoint, best_head)
+        save_checkpoint(partial, checkpoint, head)
         (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        _plot(partial / "training.png", epochs)
+        _plot(partial / "training.png", metrics["epochs"])
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return metrics
 
 
 def _rate(step: int, total: int, warmup: float) -> float:
@@ -177,34 +327,87 @@ def _rate(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
 
 
-def _rows(
-    checkpoint: Checkpoint, examples: list[Example], names: list[str], settings: Train, base: torch.Tensor
-) -> _Rows:
-    position = {name: i for i, name in enumerate([*names, OUT_OF_SCOPE])}
+def _parameter_groups(network: _Network, settings: Train) -> list[dict[str, Any]]:
+    """Rates fall by ``layer_decay`` from layer to layer downwards; biases and norms do not decay."""
+    backbone = network.encoder.backbone
+    layers = int(backbone.config.num_hidden_layers)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in backbone.named_parameters():
+        depth = int(name.split(".layer.")[1].split(".")[0]) + 1 if ".layer." in name else 0
+        rate = settings.learning_rate * settings.layer_decay ** (layers - depth)
+        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        *({"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()),
+        {"params": [network.prototypes], "lr": settings.head_learning_rate, "weight_decay": 0.0},
+    ]
+
+
+def _position(plan: Plan, agent: str) -> int:
+    return len(plan.agents) if agent == OUT_OF_SCOPE else plan.names.index(agent)
+
+
+def _rows(plan: Plan, examples: list[Example], quiet: bool) -> _Rows:
+    settings = plan.settings
+    position = {name: i for i, name in enumerate([*plan.names, OUT_OF_SCOPE])}
+    texts = [e.task for e in examples]
+    reference = SentenceEncoder(plan.reference.backbone)
+    label = torch.tensor([position[e.agent] for e in examples])
+    soft = torch.empty(0, len(position))
+    if settings.soft_weight > 0:
+        # Tasks that the teacher did not see keep their label.
+        soft = nn.functional.one_hot(label, len(position)).float()
+        for row, text in enumerate(texts):
+            if text in plan.soft:
+                soft[row] = plan.soft[text]
     return _Rows(
-        ids=checkpoint.tokenize([e.task for e in examples], settings.max_tokens),
-        label=torch.tensor([position[e.agent] for e in examples]),
+        ids=plan.start.tokenize(texts, settings.max_tokens),
+        label=label,
         near=torch.tensor([position[e.near] if e.near else -1 for e in examples]),
         weight=torch.tensor([e.weight for e in examples], dtype=torch.float32),
-        base=base,
+        reference=_embed(
+            reference, plan.reference.tokenize(texts, settings.max_tokens), settings, quiet, "reference vectors"
+        ),
+        soft=soft,
+        authored=len(plan.dataset.train),
     )
 
 
-def _initial_prototypes(
-    checkpoint: Checkpoint,
-    model: SentenceEncoder,
-    agents: list[Agent],
-    rows: _Rows,
-    base: torch.Tensor,
-    settings: Train,
-) -> torch.Tensor:
-    """Mean base vector of each agent's tasks and its description; (agents + 1, dim), the last out of scope."""
-    described = _embed(model, checkpoint.tokenize([a.description or a.name for a in agents], settings.max_tokens))
-    authored = rows.weight == 1.0
+def _judged(plan: Plan) -> _Judged | None:
+    if plan.settings.reward_weight <= 0 or not plan.judged:
+        return None
+    position = {name: i for i, name in enumerate(plan.names)}
+    scores = torch.full((len(plan.judged), len(position)), torch.nan)
+    for row, judged in enumerate(plan.judged):
+        for agent, score in judged.scores:
+            scores[row, position[agent]] = score
+    return _Judged(
+        plan.start.tokenize([judged.task for judged in plan.judged], plan.settings.max_tokens),
+        losses.advantages(scores, plan.settings.reward_clip),
+    )
+
+
+def _initial_prototypes(plan: Plan, rows: _Rows) -> torch.Tensor:
+    """(agents + 1, dim), the last out of scope.
+
+    Those of the starting checkpoint; without them, the mean vector of each agent's authored tasks
+    and its description.
+    """
+    names, head = plan.names, plan.start.head
+    if head is not None and list(head.agents) == names:
+        return torch.cat([nn.functional.normalize(head.prototypes.mean(1), dim=1), head.out_of_scope[None]])
+    settings = plan.settings
+    model = SentenceEncoder(plan.start.backbone)
+    described = _embed(
+        model, plan.start.tokenize([a.description or a.name for a in plan.agents], settings.max_tokens), settings
+    )
+    vectors = rows.reference
+    if plan.start is not plan.reference:
+        vectors = _embed(model, rows.ids[: rows.authored], settings)
     means = []
-    for label in range(len(agents) + 1):
-        members = base[(rows.label == label) & authored]
-        if label < len(agents):
+    for label in range(len(names) + 1):
+        members = vectors[: rows.authored][rows.label[: rows.authored] == label]
+        if label < len(names):
             members = torch.cat([members, described[label : label + 1]])
         elif len(members) == 0:
             members = -described.mean(0, keepdim=True)
@@ -212,22 +415,64 @@ def _initial_prototypes(
     return nn.functional.normalize(torch.stack(means), dim=1)
 
 
-def _batches(rows: _Rows, authored: int, drawn: int, settings: Train, epoch: int) -> Iterator[torch.Tensor]:
+@torch.no_grad()
+def _mine(network: _Network, rows: _Rows, settings: Train) -> list[int]:
+    """For each authored task the nearest one of an agent that the current model confuses with its own.
+
+    Confusable are the three agents whose prototypes come nearest to the agent's tasks.
+    """
+    vectors = _embed(network.encoder, rows.ids[: rows.authored], settings)
+    label = rows.label[: rows.authored]
+    unit = nn.functional.normalize(network.prototypes, dim=1)
+    count = len(unit)
+    similarity = torch.stack([(vectors[label == a] @ unit.T).mean(0) for a in range(count)]).nan_to_num(-1.0)
+    similarity.fill_diagonal_(-torch.inf)
+    confusable = torch.zeros(count, count, dtype=torch.bool)
+    confusable.scatter_(1, similarity.topk(min(3, count - 1), dim=1).indices, True)
+    nearest = []
+    for start in range(0, len(vectors), 1024):
+        scores = vectors[start : start + 1024] @ vectors.T
+        allowed = confusable[label[start : start + 1024]][:, label]
+        nearest.append(scores.masked_fill(~allowed, -torch.inf).argmax(1))
+    result: list[int] = torch.cat(nearest).tolist()
+    return result
+
+
+def _batches(
+    rows: _Rows, drawn: int, settings: Train, epoch: int, negatives: list[int] | None = None
+) -> list[torch.Tensor]:
     """All authored rows and a sample of the rest, ``drawn`` in all, in batches of similar lengths.
 
-    Rows are shuffled, sorted by length within windows of 32 batches, and the batches shuffled.
+    Rows are shuffled, sorted by length within windows of 32 batches, and the batches shuffled. With
+    ``negatives`` a task comes in the same batch as its hard negative, unless another task has it.
     """
     generator = random.Random(settings.seed * 1000 + epoch)  # noqa: S311
-    order = [*range(authored), *generator.sample(range(authored, len(rows.ids)), drawn - authored)]
+    order = [*range(rows.authored), *generator.sample(range(rows.authored, len(rows.ids)), drawn - rows.authored)]
     generator.shuffle(order)
+    units, taken = [], set()
+    for row in order:
+        if row in taken:
+            continue
+        unit = [row]
+        if negatives is not None and row < rows.authored and negatives[row] not in taken and negatives[row] != row:
+            unit.append(negatives[row])
+        taken.update(unit)
+        units.append(unit)
+    batches: list[list[int]] = []
     window = settings.batch_size * 32
-    batches = []
-    for start in range(0, len(order), window):
-        chunk = sorted(order[start : start + window], key=lambda i: len(rows.ids[i]))
-        batches += [chunk[i : i + settings.batch_size] for i in range(0, len(chunk), settings.batch_size)]
+    position = 0
+    while position < len(units):
+        chunk: list[list[int]] = []
+        size = 0
+        while position < len(units) and size < window:
+            chunk.append(units[position])
+            size += len(units[position])
+            position += 1
+        chunk.sort(key=lambda unit: max(len(rows.ids[i]) for i in unit))
+        flat = [row for unit in chunk for row in unit]
+        batches += [flat[i : i + settings.batch_size] for i in range(0, len(flat), settings.batch_size)]
     generator.shuffle(batches)
-    for batch in batches:
-        yield torch.tensor(batch)
+    return [torch.tensor(batch) for batch in batches]
 
 
 def _pad(ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,68 +482,106 @@ def _pad(ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return padded, mask
 
 
-def _losses(
-    model: SentenceEncoder, prototypes: torch.Tensor, rows: _Rows, index: torch.Tensor, settings: Train
-) -> dict[str, torch.Tensor]:
-    vectors = model(*_pad([rows.ids[i] for i in index.tolist()]))
+def _forward(model: SentenceEncoder, ids: list[list[int]], settings: Train) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        vectors: torch.Tensor = model(*_pad(ids))
+    return vectors.float()
+
+
+def _weights(settings: Train) -> dict[str, float]:
+    """Weights of the terms that are in use."""
+    weights = {
+        "infonce": settings.infonce_weight,
+        "triplet": settings.triplet_weight,
+        "retention": settings.retention_weight,
+        "imitation": settings.imitation_weight,
+        "soft": settings.soft_weight,
+        "reward": settings.reward_weight,
+    }
+    return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+def _losses(network: _Network, rows: _Rows, index: torch.Tensor, settings: Train) -> dict[str, torch.Tensor]:
+    """The terms in use, each a weighted mean over the batch; the reward's comes from other tasks."""
+    vectors = _forward(network.encoder, [rows.ids[i] for i in index.tolist()], settings)
     label, near, weight = rows.label[index], rows.near[index], rows.weight[index]
     weight = weight / weight.sum().clamp(min=1e-6)
-    cosine = vectors @ nn.functional.normalize(prototypes, dim=1).T
-    infonce = (nn.functional.cross_entropy(cosine / settings.temperature, label, reduction="none") * weight).sum()
-    own = cosine.gather(1, label[:, None]).squeeze(1)
-    others = cosine.scatter(1, label[:, None], -2.0)
-    rival = torch.where(near >= 0, cosine.gather(1, near.clamp(min=0)[:, None]).squeeze(1), others.max(1).values)
-    triplet = (nn.functional.relu(settings.margin + rival - own) * weight).sum()
-    base = rows.base[index]
-    share = settings.label_share
-    target = (1 - share) * (base @ base.T) + share * (label[:, None] == label[None, :]).float()
-    retention = nn.functional.mse_loss(vectors @ vectors.T, target)
-    return {"infonce": infonce, "triplet": triplet, "retention": retention}
+    cosine = vectors @ nn.functional.normalize(network.prototypes, dim=1).T
+    others = None
+    if settings.in_batch_negatives:
+        others = losses.in_batch_negatives(vectors, label, index < rows.authored)
+    terms = {
+        "infonce": lambda: (losses.infonce(cosine, label, settings.temperature, others) * weight).sum(),
+        "triplet": lambda: (losses.triplet(cosine, label, near, settings.margin) * weight).sum(),
+        "retention": lambda: losses.retention(vectors, rows.reference[index], label, settings.label_share),
+        "imitation": lambda: losses.imitation(vectors, rows.reference[index]).mean(),
+        "soft": lambda: losses.soft_labels(cosine, rows.soft[index], settings.temperature).mean(),
+    }
+    return {name: terms[name]() for name in _weights(settings) if name in terms}
 
 
-def _head(names: list[str], prototypes: torch.Tensor) -> Head:
-    unit = nn.functional.normalize(prototypes.detach(), dim=1)
-    return Head(tuple(names), unit[:-1].clone(), unit[-1].clone())
+def _reward(network: _Network, judged: _Judged, step: int, settings: Train) -> torch.Tensor:
+    """The reward term of the step's share of the judged tasks."""
+    start = step * _PREFERENCES_A_STEP
+    index = [i % len(judged.ids) for i in range(start, start + min(_PREFERENCES_A_STEP, len(judged.ids)))]
+    vectors = _forward(network.encoder, [judged.ids[i] for i in index], settings)
+    cosine = vectors @ nn.functional.normalize(network.prototypes, dim=1).T
+    return losses.reward(cosine, judged.advantage[index], settings.temperature).mean()
+
+
+def _head(names: list[str], network: _Network) -> Head:
+    unit = nn.functional.normalize(network.prototypes.detach(), dim=1)
+    return Head(tuple(names), unit[:-1, None].clone(), unit[-1].clone())
 
 
 @torch.no_grad()
 def _embed(
-    model: SentenceEncoder, ids: list[list[int]], quiet: bool = True, description: str = "embedding"
+    model: SentenceEncoder,
+    ids: list[list[int]],
+    settings: Train,
+    quiet: bool = True,
+    description: str = "embedding",
 ) -> torch.Tensor:
     model.eval()
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     result = torch.empty(len(ids), model.backbone.config.hidden_size)
     for start in tqdm(range(0, len(order), 128), desc=description, disable=quiet, unit="batch"):
         part = order[start : start + 128]
-        result[part] = model(*_pad([ids[i] for i in part]))
+        result[part] = _forward(model, [ids[i] for i in part], settings)
     return result
 
 
-def _evaluate(
-    checkpoint: Checkpoint, model: SentenceEncoder, head: Head, dev: list[Example], settings: Train
-) -> dict[str, float]:
+def _evaluate(plan: Plan, network: _Network) -> dict[str, float]:
     """Dev accuracy on in-scope tasks, on those with a tempting wrong agent, and retrieval kept."""
-    scope = [e for e in dev if e.agent != OUT_OF_SCOPE]
-    vectors = _embed(model, checkpoint.tokenize([e.task for e in scope], settings.max_tokens))
-    best = (vectors @ head.prototypes.T).argmax(1).tolist()
+    settings = plan.settings
+    scope = [e for e in plan.dataset.dev if e.agent != OUT_OF_SCOPE]
+    if not scope:
+        return {"dev_accuracy": 0.0, "dev_hard_accuracy": 0.0, "retrieval_mrr": 0.0}
+    head = _head(plan.names, network)
+    vectors = _embed(network.encoder, plan.start.tokenize([e.task for e in scope], settings.max_tokens), settings)
+    best = (vectors @ head.prototypes[:, 0].T).argmax(1).tolist()
     right = [head.agents[b] == e.agent for b, e in zip(best, scope, strict=True)]
     hard = [r for r, e in zip(right, scope, strict=True) if e.near]
     return {
-        "dev_accuracy": sum(right) / max(1, len(right)),
+        "dev_accuracy": sum(right) / len(right),
         "dev_hard_accuracy": sum(hard) / max(1, len(hard)),
-        "retrieval_mrr": _halves_mrr(checkpoint, model, [e.task for e in scope], settings),
+        "retrieval_mrr": _halves_mrr(plan, network.encoder, [e.task for e in scope]),
     }
 
 
-def _halves_mrr(checkpoint: Checkpoint, model: SentenceEncoder, tasks: list[str], settings: Train) -> float:
+def _halves_mrr(plan: Plan, model: SentenceEncoder, tasks: list[str]) -> float:
     """Mean reciprocal rank of a task's second half, sought by its first half among all second halves.
 
     It falls towards zero when the encoder keeps nothing but the agent.
     """
     words = [task.split() for task in tasks]
     words = [w for w in words if len(w) >= 8]
-    first = _embed(model, checkpoint.tokenize([" ".join(w[: len(w) // 2]) for w in words], settings.max_tokens))
-    second = _embed(model, checkpoint.tokenize([" ".join(w[len(w) // 2 :]) for w in words], settings.max_tokens))
+    if not words:
+        return 0.0
+    halves = ([" ".join(w[: len(w) // 2]) for w in words], [" ".join(w[len(w) // 2 :]) for w in words])
+    first, second = (
+        _embed(model, plan.start.tokenize(texts, plan.settings.max_tokens), plan.settings) for texts in halves
+    )
     scores = first @ second.T
     rank = (scores > scores.diagonal()[:, None]).sum(1) + 1
     return float((1.0 / rank).mean())
@@ -312,8 +595,9 @@ def _plot(path: Path, epochs: list[dict[str, float]]) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     numbers = range(1, len(epochs) + 1)
-    for name in ("infonce", "triplet", "retention"):
-        left.plot(numbers, [e[name] for e in epochs], marker="o", label=name)
+    for name in ("infonce", "triplet", "retention", "imitation", "soft", "reward"):
+        if name in epochs[0]:
+            left.plot(numbers, [e[name] for e in epochs], marker="o", label=name)
     left.set(xlabel="epoch", ylabel="mean loss", title="Training loss")
     left.legend()
     for name in ("dev_accuracy", "dev_hard_accuracy", "retrieval_mrr"):

@@ -22,6 +22,9 @@ class Data:
     tasks: tuple[str, ...] = ()  # files of {"task", "agent", "near"}
     pairs: tuple[str, ...] = ()  # files of {"a": {...}, "b": {...}}: same topic, different agents
     out_of_scope: tuple[str, ...] = ()  # files of {"task", "agent": "none"}
+    preferences: tuple[str, ...] = ()  # files of {"task", "scores": {agent: score}}, for reward_weight
+    soft_labels: str = ""  # a teacher's probabilities, written by `ruvltra-export soft-labels`
+    variations: int = 0  # made-up variations of each training task, for the teacher to label
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,6 @@ class Commits:
     """Weakly labelled commit subjects: not part of the repository, handed in as a file."""
 
     weight: float = 0.0  # loss weight of one subject; 0 trains without them
-    share: float = 1.0  # share of the subjects that an epoch draws
     sha256: str = ""  # of the file the shipped checkpoint was trained with
     repositories: tuple[str, ...] = ()  # where the subjects come from
 
@@ -50,19 +52,44 @@ class Train:
     """Optimisation. Cosine similarities throughout; rates are AdamW's."""
 
     epochs: int = 6
+    extra_share: float = 1.0  # share of commit subjects and variations that an epoch draws
     batch_size: int = 64
     learning_rate: float = 5e-5
+    layer_decay: float = 1.0  # factor on the rate from one layer to the one below
     head_learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.06  # share of all steps
     max_tokens: int = 64  # longer training texts are cut
-    temperature: float = 0.07  # InfoNCE over the agents' prototypes
+    precision: str = "float32"  # of the layers while training; or bfloat16
+    infonce_weight: float = 1.0
+    temperature: float = 0.07  # of InfoNCE, soft labels and the reward's policy
+    in_batch_negatives: bool = False  # InfoNCE against the batch's tasks of other agents as well
+    hard_negatives: bool = False  # batches hold each task's nearest of a confusable agent, mined each epoch
     triplet_weight: float = 1.0
     margin: float = 0.5
-    retention_weight: float = 0.0  # keeps in-batch similarities near a mixture of base model and label
+    retention_weight: float = 0.0  # keeps in-batch similarities near a mixture of reference and label
     label_share: float = 0.35  # the label's share in that mixture
+    imitation_weight: float = 0.0  # pulls vectors to the reference's, of the same dimension
+    soft_weight: float = 0.0  # cross-entropy to a teacher's probabilities
+    reward_weight: float = 0.0  # judged preferences, group-relative
+    reward_clip: float = 2.0  # largest absolute advantage
+    average: float = 0.0  # decay of the weights' exponential moving average; 0 averages nothing
+    heads: tuple[str, ...] = ()  # tried beside single prototypes: "prototypes-K", "linear"
     gradient_clip: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16"):
+            raise RecipeError(f"train: precision must be float32 or bfloat16, not {self.precision!r}. Correct it.")
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """A smaller network made of the base's parts, before it is trained."""
+
+    layers: tuple[int, ...] = ()  # which of the base's layers to keep; empty keeps all
+    vocabulary: int = 0  # how many tokens to keep, the most frequent in the training data; 0 keeps all
+    positions: int = 0  # longest input in tokens; 0 keeps the base's
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +97,7 @@ class Recipe:
     """How to make a checkpoint.
 
     ``base`` is a folder, or ``package:NAME/SUBFOLDER`` for weights that an installed Python
-    package carries.
+    package carries. ``data_from`` names another recipe whose data, split and commits are taken.
     """
 
     name: str
@@ -80,9 +107,11 @@ class Recipe:
     base_model: str
     agents: str
     base_sha256: str = ""
+    data_from: str = ""
     data: Data = field(default_factory=Data)
     split: Split = field(default_factory=Split)
     commits: Commits = field(default_factory=Commits)
+    student: Student = field(default_factory=Student)
     train: Train = field(default_factory=Train)
     path: Path = Path()
 
@@ -131,7 +160,22 @@ def load_recipe(path: str | Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML ({error}). Correct the syntax.") from None
     recipe: Recipe = _build(Recipe, document, str(path), exclude=("path",))
-    return dataclasses.replace(recipe, path=path)
+    recipe = dataclasses.replace(recipe, path=path)
+    if not recipe.data_from:
+        return recipe
+    if {"data", "split", "commits"} & document.keys():
+        raise RecipeError(f"{path}: has data of its own and data_from. Keep one.")
+    other = load_recipe(recipe.resolve(recipe.data_from))
+    folder = Path(recipe.data_from).parent
+    data = dataclasses.replace(
+        other.data,
+        tasks=tuple(str(folder / name) for name in other.data.tasks),
+        pairs=tuple(str(folder / name) for name in other.data.pairs),
+        out_of_scope=tuple(str(folder / name) for name in other.data.out_of_scope),
+        preferences=tuple(str(folder / name) for name in other.data.preferences),
+        soft_labels=str(folder / other.data.soft_labels) if other.data.soft_labels else "",
+    )
+    return dataclasses.replace(recipe, data=data, split=other.split, commits=other.commits)
 
 
 def _build(kind: Any, values: dict[str, Any], where: str, exclude: tuple[str, ...] = ()) -> Any:
@@ -155,8 +199,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise RecipeError(f"{where} must be a table. Correct it.")
         return _build(hint, value, where)
     if isinstance(hint, types.GenericAlias):
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise RecipeError(f"{where} must be a list of strings. Correct it.")
+        item_type = typing.get_args(hint)[0]
+        if not isinstance(value, list) or not all(type(item) is item_type for item in value):
+            items = "strings" if item_type is str else "whole numbers"
+            raise RecipeError(f"{where} must be a list of {items}. Correct it.")
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

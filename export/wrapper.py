@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import BertModel
+from transformers import BertModel, MPNetModel
 
 
 class SentenceEncoder(nn.Module):
@@ -15,7 +15,7 @@ class SentenceEncoder(nn.Module):
     nor coremltools understand.
     """
 
-    def __init__(self, backbone: BertModel) -> None:
+    def __init__(self, backbone: BertModel | MPNetModel) -> None:
         super().__init__()
         self.backbone = backbone
 
@@ -31,7 +31,13 @@ class SentenceEncoder(nn.Module):
         """
         weights = attention_mask.to(torch.float32)
         additive = (1.0 - weights[:, None, None, :]) * -10000.0
-        embedded = self.backbone.embeddings(input_ids=input_ids, token_type_ids=torch.zeros_like(input_ids))
-        hidden = self.backbone.encoder(embedded, attention_mask=additive)[0]
+        if isinstance(self.backbone, MPNetModel):
+            embedded = self.backbone.embeddings(input_ids=input_ids)
+            no_head_mask = [None] * self.backbone.config.num_hidden_layers
+            hidden = self.backbone.encoder(embedded, attention_mask=additive, head_mask=no_head_mask)[0]
+        else:
+            embedded = self.backbone.embeddings(input_ids=input_ids, token_type_ids=torch.zeros_like(input_ids))
+            hidden = self.backbone.encoder(embedded, attention_mask=additive)[0]
+        hidden = hidden.float()  # under autocast the layers hand over bfloat16
         pooled = (hidden * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True).clamp(min=1e-9)
         return nn.functional.normalize(pooled, dim=1)

@@ -44,7 +44,7 @@ def test_equals_sentence_transformers_pipeline(minilm: Checkpoint) -> None:
 
 
 def test_saving_in_half_precision_keeps_the_vectors(minilm: Checkpoint, tmp_path: Path) -> None:
-    head = Head(("a", "b"), torch.eye(2, 384), torch.eye(3, 384)[2])
+    head = Head(("a", "b"), torch.eye(2, 384)[:, None], torch.eye(3, 384)[2])
     save_checkpoint(tmp_path / "saved", minilm, head)
     assert (tmp_path / "saved" / "model.safetensors").stat().st_size < 50_000_000
     again = load_checkpoint(tmp_path / "saved")

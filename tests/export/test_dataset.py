@@ -143,3 +143,41 @@ def test_split_command_writes_the_parts(tmp_path: Path, capsys: pytest.CaptureFi
     assert mini.split.sha256 in capsys.readouterr().out
     for part in ("dev", "test"):
         assert (tmp_path / f"{part}.jsonl").read_bytes() == (MINI / "splits" / f"{part}.jsonl").read_bytes()
+
+
+def test_a_recipe_can_take_another_ones_data(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "recipe.toml").write_text(
+        'name = "a"\nversion = "0"\nlicence = "x"\nbase = "x"\nbase_model = "x"\nagents = "x"\n'
+        '[data]\ntasks = ["data/t.jsonl"]\nsoft_labels = "s"\n[split]\nsalt = "salt"\n[commits]\nweight = 0.5\n'
+    )
+    (tmp_path / "b").mkdir()
+    own = 'name = "b"\nversion = "0"\nlicence = "x"\nbase = "x"\nbase_model = "x"\nagents = "x"\n'
+    path = tmp_path / "b" / "recipe.toml"
+    path.write_text(own + 'data_from = "../a/recipe.toml"\n')
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.split.salt, recipe.commits.weight) == ("b", "salt", 0.5)
+    assert recipe.resolve(recipe.data.tasks[0]).resolve() == (tmp_path / "a" / "data" / "t.jsonl").resolve()
+    assert recipe.resolve(recipe.data.soft_labels).resolve() == (tmp_path / "a" / "s").resolve()
+    path.write_text(own + 'data_from = "../a/recipe.toml"\n[split]\nsalt = "mine"\n')
+    with pytest.raises(RecipeError, match="Keep one"):
+        load_recipe(path)
+
+
+def test_nothing_held_out_is_trained_on(dataset: Dataset) -> None:
+    """The blind sets and the out-of-scope test prompts are near no task of the train part."""
+    train = [frozenset(normalise(e.task).split()) for e in dataset.train]
+    by_word: dict[str, list[int]] = {}
+    for position, words in enumerate(train):
+        for word in words:
+            by_word.setdefault(word, []).append(position)
+    held_out = [
+        json.loads(line)["task"]
+        for name in ("blind-a", "blind-b", "out-of-scope")
+        for line in (MINI / "splits" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert len(held_out) > 1000
+    for task in held_out:
+        words = frozenset(normalise(task).split())
+        near = {position for word in words for position in by_word.get(word, ())}
+        assert all(len(words & train[p]) < 0.6 * len(words | train[p]) for p in near), task
