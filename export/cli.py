@@ -162,6 +162,8 @@ def _finetune(options: argparse.Namespace) -> int:
 
     if options.recipe is None and (options.start is None or not options.extra):
         raise RecipeError("give a recipe, or both --from and --extra.")
+    if options.out is None and (options.start is not None or options.recipe is None):
+        raise RecipeError("--from needs an --out, so that no shipped checkpoint is replaced by an adapted one.")
     if options.recipe is not None:
         recipe = load_recipe(options.recipe)
         if options.base is not None:
@@ -169,8 +171,6 @@ def _finetune(options: argparse.Namespace) -> int:
         plan = plan_recipe(recipe, commits=options.commits, start=options.start, extra=options.extra)
     else:
         plan = plan_adaptation(options.start, options.extra)
-    if options.out is None and (options.start is not None or options.recipe is None):
-        raise RecipeError("--from needs an --out, so that no shipped checkpoint is replaced by an adapted one.")
     out = options.out or options.recipe.parent / "checkpoint"
     metrics = finetune(plan, out, restart=options.restart, quiet=options.quiet)
     best = metrics["epochs"][metrics["best_epoch"] - 1]

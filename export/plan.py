@@ -33,11 +33,14 @@ from export.variations import variations
 ADAPTATION = Train(
     epochs=3,
     batch_size=32,
-    learning_rate=5e-5,
-    head_learning_rate=1e-3,
+    learning_rate=1e-5,
+    head_learning_rate=3e-4,
     precision="bfloat16",
-    triplet_weight=0.5,
+    infonce_weight=0.0,
+    triplet_weight=0.0,
+    soft_weight=1.0,
     retention_weight=50.0,
+    imitation_weight=2.0,
     label_share=0.0,
     seed=7,
 )
@@ -71,7 +74,7 @@ def plan_recipe(
         dataset = replace(dataset, train=[*dataset.train, *load_extra(path, names, dataset, 1.0)])
     settings = recipe.train if start is None else ADAPTATION
     soft: dict[str, torch.Tensor] = {}
-    if settings.soft_weight > 0:
+    if settings.soft_weight > 0 and (recipe.data.soft_labels or start is None):
         made_up = _variations(recipe, [*dataset.train, *further])
         soft = read_soft_labels(
             recipe.resolve(recipe.data.soft_labels), names, [*(e.task for e in (*dataset.train, *further)), *made_up]
@@ -123,11 +126,16 @@ def plan_adaptation(start: Path, extra: Sequence[Path]) -> Plan:
     anchors = variations(parity_texts("tasks"), _ANCHOR_COPIES, ADAPTATION.seed)
     soft = dict(zip(anchors, ask(begin, begin.head, anchors, ADAPTATION.temperature, quiet=True), strict=True))
     labels = [*names, OUT_OF_SCOPE]
+    tasks = [e.task for e in dataset.train]
+    for example, answer in zip(dataset.train, ask(begin, begin.head, tasks, ADAPTATION.temperature, True), strict=True):
+        # Labels out of a history are noisy: half of the target is what the checkpoint would have said.
+        said = torch.zeros_like(answer)
+        said[labels.index(example.agent)] = 1.0
+        soft[example.task] = (said + answer) / 2
     settings = replace(
         ADAPTATION,
         epochs=max(ADAPTATION.epochs, -(-_FEWEST_STEPS // steps)),
         extra_share=min(1.0, _ANCHORS_A_TASK * len(dataset.train) / len(anchors)),
-        soft_weight=1.0,
     )
     return Plan(
         name=f"{start.resolve().name} adapted",
