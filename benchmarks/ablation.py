@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from edge.evaluate import Labelled, Proportion, calibration_error, read_labelled
 from edge.keywords import KeywordRules
@@ -74,14 +75,18 @@ def steps(recipe: Recipe) -> list[Step]:
 
 
 def embed(checkpoint: Checkpoint, tasks: Sequence[str]) -> torch.Tensor:
-    """(n, dim) fp32 vectors, one task at a time."""
+    """(n, dim) fp32 vectors."""
     model = SentenceEncoder(checkpoint.backbone).eval()
+    ids = checkpoint.tokenize(list(tasks))
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    vectors = torch.empty(len(ids), checkpoint.backbone.config.hidden_size)
     with torch.no_grad():
-        rows = [
-            model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))
-            for ids in checkpoint.tokenize(list(tasks))
-        ]
-    return torch.cat(rows)
+        for start in range(0, len(order), 64):
+            part = order[start : start + 64]
+            rows = [torch.tensor(ids[i]) for i in part]
+            masks = [torch.ones_like(row) for row in rows]
+            vectors[part] = model(*(pad_sequence(x, batch_first=True) for x in (rows, masks)))
+    return vectors
 
 
 def accuracy(checkpoint: Checkpoint, head: Head, rows: Sequence[Labelled]) -> Proportion:
@@ -129,7 +134,7 @@ def errors(plan: Plan, checkpoint: Checkpoint, head: Head) -> tuple[float, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=Path("models/ruvltra-mini/recipe.toml"))
-    parser.add_argument("--commits", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--commits", type=Path, action="append", required=True, metavar="FILE.jsonl")
     parser.add_argument("--eval", type=Path, action="append", default=[], metavar="FILE.jsonl")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--only", help="run only the rows whose name contains this")
@@ -164,7 +169,7 @@ def main() -> None:
                 continue
             plan = plan_recipe(
                 replace(recipe, train=tried, commits=recipe.commits if step.commits else none),
-                commits=options.commits if step.commits else None,
+                commits=options.commits if step.commits else [],
             )
             out = Path(folder, "run")
             metrics = finetune(plan, out, quiet=True)

@@ -50,7 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     finetune.add_argument("--out", type=Path, metavar="DIR", help="default: checkpoint/ beside the recipe")
     finetune.add_argument(
-        "--commits", type=Path, metavar="FILE.jsonl", help="labelled commit subjects, if the recipe trains on them"
+        "--commits",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.jsonl",
+        help="labelled commit subjects, if the recipe trains on them; once for each of its files",
     )
     finetune.add_argument(
         "--from", type=Path, dest="start", metavar="DIR", help="checkpoint or bundle to go on from, by short settings"
@@ -78,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     soft.add_argument("teacher", type=Path, metavar="CHECKPOINT")
     soft.add_argument("recipe", type=Path, metavar="RECIPE.toml")
-    soft.add_argument("--commits", type=Path, metavar="FILE.jsonl", help="as for finetune")
+    soft.add_argument(
+        "--commits", type=Path, action="append", default=[], metavar="FILE.jsonl", help="as for finetune"
+    )
     soft.add_argument("--quiet", action="store_true", help="no progress bar")
     soft.set_defaults(run=_soft_labels)
 
@@ -88,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Turn the conventional commits of git checkouts into labelled tasks: feat to coder, fix to "
         "debugger, docs to documenter, refactor to refactorer, test to tester, perf to optimizer, ci to devops.",
     )
-    mine.add_argument("repositories", type=Path, nargs="+", metavar="REPO", help="folder of a git checkout")
+    mine.add_argument(
+        "repositories", nargs="+", metavar="REPO[@REVISION]", help="folder of a git checkout or bare clone"
+    )
+    mine.add_argument(
+        "--most", type=int, metavar="N", help="keep an agent's N newest tasks of each repository (default: all)"
+    )
     mine.add_argument("--out", type=Path, metavar="FILE.jsonl", required=True)
     mine.add_argument("--json", action="store_true", help="write the counts as JSON")
     mine.set_defaults(run=_mine_commits)
@@ -199,7 +211,7 @@ def _soft_labels(options: argparse.Namespace) -> int:
 def _mine_commits(options: argparse.Namespace) -> int:
     from export.commits import mine_commits
 
-    mined = mine_commits(options.repositories)
+    mined = mine_commits(options.repositories, options.most)
     if not mined.rows:
         raise RecipeError("no conventional commits found ('feat: ...', 'fix(parser): ...'). Give other repositories.")
     partial = options.out.with_name(options.out.name + ".partial")

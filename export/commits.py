@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections import Counter
@@ -49,11 +50,17 @@ class Mined:
     left_out: dict[str, int]
 
 
-def mine_commits(repositories: Sequence[Path]) -> Mined:
+def mine_commits(repositories: Sequence[str | Path], most: int | None = None) -> Mined:
     """Turn the history of checkouts into labelled tasks: type to agent, subject to task.
 
     Merges, other types, subjects of bots or of a few words and repeated ones are left out; a subject
     that occurs with two types is left out altogether.
+
+    Args:
+        repositories: Folders of checkouts or bare clones; ``FOLDER@REVISION`` reads the history of
+            a revision instead of ``HEAD``, which a repeatable result needs.
+        most: Keep at most this many tasks of an agent from one repository, its newest, so that
+            none drowns the others.
 
     Raises:
         RecipeError: A path is no git repository with a history, or git is not installed.
@@ -61,9 +68,11 @@ def mine_commits(repositories: Sequence[Path]) -> Mined:
     left_out: Counter[str] = Counter()
     found: dict[str, dict[str, str]] = {}
     disputed: set[str] = set()
-    for repository in repositories:
-        for subject in _subjects(repository):
-            row = _row(subject, _name(repository), left_out)
+    for given in map(str, repositories):
+        at = "@" in given and not Path(given).exists()
+        folder, revision = given.rsplit("@", 1) if at else (given, "HEAD")
+        for subject in _subjects(Path(folder), revision):
+            row = _row(subject, _name(Path(folder)), left_out)
             if row is None:
                 continue
             key = normalise(row["task"])
@@ -76,7 +85,21 @@ def mine_commits(repositories: Sequence[Path]) -> Mined:
                 continue
             found[key] = row
     rows = list(found.values())
+    if most is not None:
+        rows = _newest(rows, most, left_out)
     return Mined(rows, dict(Counter(row["agent"] for row in rows).most_common()), dict(left_out.most_common()))
+
+
+def _newest(rows: list[dict[str, str]], most: int, left_out: Counter[str]) -> list[dict[str, str]]:
+    taken: Counter[tuple[str, str]] = Counter()
+    kept = []
+    for row in reversed(rows):
+        taken[row["source"], row["agent"]] += 1
+        if taken[row["source"], row["agent"]] <= most:
+            kept.append(row)
+    if len(kept) < len(rows):
+        left_out["older than the newest that were asked for"] += len(rows) - len(kept)
+    return kept[::-1]
 
 
 def _row(subject: str, source: str, left_out: Counter[str]) -> dict[str, str] | None:
@@ -99,12 +122,13 @@ def _row(subject: str, source: str, left_out: Counter[str]) -> dict[str, str] | 
 
 
 def _name(repository: Path) -> str:
-    name = repository.resolve().name
-    return repository.resolve().parent.name if name == ".git" else name.removesuffix(".git")
+    folder = Path(os.path.abspath(repository))  # links are kept: their name is the one that was given
+    return folder.parent.name if folder.name == ".git" else folder.name.removesuffix(".git")
 
 
-def _subjects(repository: Path) -> Iterable[str]:
+def _subjects(repository: Path, revision: str) -> Iterable[str]:
     command = ["git", "-C", str(repository), "log", "--no-merges", "--reverse", "--format=%s"]
+    command += ["--end-of-options", revision, "--"]
     try:
         done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603
     except FileNotFoundError:

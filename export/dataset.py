@@ -7,7 +7,7 @@ import json
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,16 +156,27 @@ def split_groups(groups: list[list[Example]], split: Split, where: str) -> Datas
     return Dataset(**parts)
 
 
-def load_commits(path: Path, recipe: Recipe, agents: list[str], dataset: Dataset) -> list[Example]:
-    """Commit subjects for training; those that equal a dev or test task are left out."""
-    if recipe.commits.sha256:
+def load_commits(paths: Sequence[Path], recipe: Recipe, agents: list[str], dataset: Dataset) -> list[Example]:
+    """Commit subjects for training; those that equal a dev or test task are left out, as are repeated ones.
+
+    Raises:
+        RecipeError: The files are not those whose digests the recipe states, or a row is broken.
+    """
+    stated = recipe.commits.sha256
+    if stated and len(paths) != len(stated):
+        raise RecipeError(
+            f"{recipe.path}: was written for {len(stated)} files of commit subjects; {len(paths)} were given. Give "
+            "each with --commits, or change sha256 under [commits] (empty takes any)."
+        )
+    for path, wanted in zip(paths, stated, strict=False):
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
-        if digest != recipe.commits.sha256:
+        if digest != wanted:
             raise RecipeError(
-                f"{path}: sha256 {digest} is not the recipe's {recipe.commits.sha256}. Give the file that the recipe "
+                f"{path}: sha256 {digest} is not the recipe's {wanted}. Give the file that the recipe "
                 "was written for, or change sha256 under [commits] (empty takes any)."
             )
-    return load_extra(path, agents, dataset, recipe.commits.weight)
+    found = [example for path in paths for example in load_extra(path, agents, dataset, recipe.commits.weight)]
+    return list({normalise(example.task): example for example in reversed(found)}.values())[::-1]
 
 
 def load_extra(path: Path, agents: list[str], dataset: Dataset, weight: float) -> list[Example]:

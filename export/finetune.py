@@ -94,7 +94,7 @@ class _Rows:
     label: torch.Tensor  # (n,) int64, index of a prototype
     near: torch.Tensor  # (n,) int64, -1 where there is none
     weight: torch.Tensor  # (n,) float32
-    reference: torch.Tensor  # (n, dim) float32, the reference's vectors
+    reference: torch.Tensor  # (n, dim) float32, the reference's vectors; (n, 0) if not in use
     soft: torch.Tensor  # (n, agents + 1) float32, a teacher's probabilities; (0, agents + 1) if not in use
     authored: int  # the first so many have labels that are trusted
 
@@ -351,7 +351,15 @@ def _rows(plan: Plan, examples: list[Example], quiet: bool) -> _Rows:
     settings = plan.settings
     position = {name: i for i, name in enumerate([*plan.names, OUT_OF_SCOPE])}
     texts = [e.task for e in examples]
-    reference = SentenceEncoder(plan.reference.backbone)
+    reference = torch.empty(len(texts), 0)
+    if settings.retention_weight > 0 or settings.imitation_weight > 0:
+        reference = _embed(
+            SentenceEncoder(plan.reference.backbone),
+            plan.reference.tokenize(texts, settings.max_tokens),
+            settings,
+            quiet,
+            "reference vectors",
+        )
     label = torch.tensor([position[e.agent] for e in examples])
     soft = torch.empty(0, len(position))
     if settings.soft_weight > 0:
@@ -365,9 +373,7 @@ def _rows(plan: Plan, examples: list[Example], quiet: bool) -> _Rows:
         label=label,
         near=torch.tensor([position[e.near] if e.near else -1 for e in examples]),
         weight=torch.tensor([e.weight for e in examples], dtype=torch.float32),
-        reference=_embed(
-            reference, plan.reference.tokenize(texts, settings.max_tokens), settings, quiet, "reference vectors"
-        ),
+        reference=reference,
         soft=soft,
         authored=len(plan.dataset.train),
     )
@@ -401,12 +407,10 @@ def _initial_prototypes(plan: Plan, rows: _Rows) -> torch.Tensor:
     described = _embed(
         model, plan.start.tokenize([a.description or a.name for a in plan.agents], settings.max_tokens), settings
     )
-    vectors = rows.reference
-    if plan.start is not plan.reference:
-        vectors = _embed(model, rows.ids[: rows.authored], settings)
+    vectors = _embed(model, rows.ids[: rows.authored], settings)
     means = []
     for label in range(len(names) + 1):
-        members = vectors[: rows.authored][rows.label[: rows.authored] == label]
+        members = vectors[rows.label[: rows.authored] == label]
         if label < len(names):
             members = torch.cat([members, described[label : label + 1]])
         elif len(members) == 0:

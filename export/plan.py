@@ -51,13 +51,13 @@ _EXTRA_SPLIT = Split(salt="extra", dev_percent=10.0, test_percent=0.0)
 
 
 def plan_recipe(
-    recipe: Recipe, *, commits: Path | None = None, start: Path | None = None, extra: Sequence[Path] = ()
+    recipe: Recipe, *, commits: Sequence[Path] = (), start: Path | None = None, extra: Sequence[Path] = ()
 ) -> Plan:
     """What a recipe says.
 
     Args:
         recipe: Data and settings.
-        commits: File of commit subjects; needed if the recipe gives them a weight.
+        commits: Files of commit subjects; needed if the recipe gives them a weight.
         start: Checkpoint or bundle to go on from, by the short settings of ``ADAPTATION``, instead
             of training the recipe's base.
         extra: Files of further tasks to train on.
@@ -149,7 +149,7 @@ def plan_adaptation(start: Path, extra: Sequence[Path]) -> Plan:
     )
 
 
-def training_texts(recipe: Recipe, commits: Path | None) -> list[str]:
+def training_texts(recipe: Recipe, commits: Sequence[Path]) -> list[str]:
     """All texts that a recipe trains on, variations included: those a teacher is asked about."""
     names = [agent.name for agent in load_agents(recipe.resolve(recipe.agents))]
     dataset = load_dataset(recipe, names)
@@ -157,15 +157,15 @@ def training_texts(recipe: Recipe, commits: Path | None) -> list[str]:
     return [*(e.task for e in examples), *_variations(recipe, examples)]
 
 
-def _commits(recipe: Recipe, names: list[str], dataset: Dataset, path: Path | None) -> list[Example]:
+def _commits(recipe: Recipe, names: list[str], dataset: Dataset, paths: Sequence[Path]) -> list[Example]:
     if recipe.commits.weight <= 0:
         return []
-    if path is None:
+    if not paths:
         raise RecipeError(
-            f"{recipe.path}: trains on commit subjects, which are not in the repository. Give a file of "
+            f"{recipe.path}: trains on commit subjects, which are not in the repository. Give files of "
             '{"task", "agent"} lines with --commits, or set weight = 0 under [commits].'
         )
-    return load_commits(path, recipe, names, dataset)
+    return load_commits(paths, recipe, names, dataset)
 
 
 def _variations(recipe: Recipe, examples: Sequence[Example]) -> list[str]:

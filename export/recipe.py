@@ -40,11 +40,11 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Commits:
-    """Weakly labelled commit subjects: not part of the repository, handed in as a file."""
+    """Weakly labelled commit subjects: not part of the repository, handed in as files."""
 
     weight: float = 0.0  # loss weight of one subject; 0 trains without them
-    sha256: str = ""  # of the file the shipped checkpoint was trained with
-    repositories: tuple[str, ...] = ()  # where the subjects come from
+    sha256: tuple[str, ...] = ()  # of the files the shipped checkpoint was trained with, in their order
+    repositories: tuple[str, ...] = ()  # where the subjects come from, "owner/name" or "owner/name@revision"
 
 
 @dataclass(frozen=True, slots=True)

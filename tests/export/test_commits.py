@@ -61,6 +61,23 @@ def test_types_become_agents_and_the_rest_is_left_out_with_its_reason(tmp_path: 
     assert mined.left_out["said with two types"] == 1
 
 
+def test_a_revision_and_the_newest_of_each_agent_can_be_asked_for(tmp_path: Path) -> None:
+    subjects = [f"feat: draw layer {word} of the map" for word in ("one", "two", "three")]
+    repo = repository(tmp_path / "maps", [*subjects, "fix: tiles no longer overlap"])
+    assert [row["task"] for row in mine_commits([f"{repo}@HEAD~1"]).rows][-1] == "draw layer three of the map"
+    mined = mine_commits([repo], most=2)
+    assert [row["task"] for row in mined.rows] == [
+        "draw layer two of the map",
+        "draw layer three of the map",
+        "tiles no longer overlap",
+    ]
+    assert mined.left_out["older than the newest that were asked for"] == 1
+    (tmp_path / "odd@name").symlink_to(repo)
+    assert {row["source"] for row in mine_commits([tmp_path / "odd@name"]).rows} == {"odd@name"}
+    with pytest.raises(RecipeError, match="no history"):
+        mine_commits([f"{repo}@no-such-revision"])
+
+
 def test_command_writes_rows_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     repo = repository(tmp_path / "repo", ["feat: draw the map with tiles", "fix: tiles no longer overlap"])
     out = tmp_path / "tasks.jsonl"
