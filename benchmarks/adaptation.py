@@ -1,10 +1,11 @@
-"""What `mine-commits` and `finetune --from` bring for a repository, and what is lost elsewhere.
+"""What `mine-commits` and `finetune --from --extra` bring for a repository, and what is lost elsewhere.
 
-    python -m benchmarks.adaptation COMMITS.jsonl [--from DIR] [--keep FILE.jsonl ...]
+    python -m benchmarks.adaptation HISTORY.jsonl [...] [--judge FILE.jsonl] [--from DIR] [--keep FILE.jsonl ...]
 
-COMMITS.jsonl holds rows of `ruvltra-export mine-commits`. For each source (repository) the older
-half of its commits adapts the bundle, the newer half judges it; the other files show what the
-adapted router still knows. Accuracy is the embedding's top-1, int8.
+HISTORY.jsonl is what `ruvltra-export mine-commits` wrote of one repository. Its older half adapts the
+bundle and its newer half judges it. With --judge, the whole history adapts, less what is near a row
+of that file, and the file's rows of the same repository (by their "source") judge. The --keep files
+show what the adapted router still knows. Accuracy is the embedding's top-1, int8.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from edge.bundle import default_bundle
 from edge.evaluate import Proportion, evaluate, read_labelled
 from edge.router import Router
+from export.dataset import normalise, read_jsonl
+
+_NEAR = 0.6  # token-set Jaccard similarity, as in the recipes' splits
 
 
 def top1(bundle: Path, path: Path) -> Proportion:
@@ -28,41 +32,50 @@ def top1(bundle: Path, path: Path) -> Proportion:
     return evaluate(router, rows, ["embedding"])[0].top1
 
 
+def parts(history: Path, judge: Path | None) -> tuple[list[Any], list[Any]]:
+    """Rows to adapt with and rows to judge by, which no row of the first is near."""
+    rows = [row for _, row in read_jsonl(history)]
+    if judge is None:
+        rows, judges = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    else:
+        source = str(rows[0]["source"]).rpartition("/")[2]
+        judges = [row for _, row in read_jsonl(judge) if str(row.get("source")).rpartition("/")[2] == source]
+    held = [frozenset(normalise(str(row["task"])).split()) for row in judges]
+
+    def near(row: dict[str, Any]) -> bool:
+        words = frozenset(normalise(row["task"]).split())
+        return any(len(words & other) >= _NEAR * len(words | other) for other in held)
+
+    return [row for row in rows if not near(row)], judges
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commits", type=Path, metavar="COMMITS.jsonl")
+    parser.add_argument("histories", type=Path, nargs="+", metavar="HISTORY.jsonl")
+    parser.add_argument("--judge", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--from", dest="start", type=Path, default=default_bundle(), metavar="DIR")
-    parser.add_argument("--recipe", type=Path, metavar="RECIPE.toml", help="train on the recipe's data along")
-    parser.add_argument("--recipe-commits", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--keep", type=Path, action="append", default=[], metavar="FILE.jsonl")
     options = parser.parse_args()
-    by_source: dict[str, list[str]] = defaultdict(list)
-    for line in options.commits.read_text(encoding="utf-8").splitlines():
-        by_source[json.loads(line)["source"]].append(line)
-    for source, lines in by_source.items():
+    export = [sys.executable, "-m", "export.cli"]
+    for history in options.histories:
+        older, newer = parts(history, options.judge)
+        print(f"{history.stem}: {len(older)} commits to adapt with, {len(newer)} to judge by", flush=True)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            half = len(lines) // 2
-            (folder / "older.jsonl").write_text("\n".join(lines[:half]))
-            (folder / "newer.jsonl").write_text("\n".join(lines[half:]))
-            export = [sys.executable, "-m", "export.cli"]
-            recipe = [str(options.recipe), "--commits", str(options.recipe_commits)] if options.recipe else []
-            tail = ["--from", str(options.start), "--extra", str(folder / "older.jsonl"), "--quiet"]
-            out = ["--out", str(folder / "adapted")]
-            subprocess.run([*export, "finetune", *recipe, *tail, *out], check=True, stdout=subprocess.DEVNULL)
-            bundle = [
-                "bundle",
-                str(folder / "adapted"),
-                "--variants",
-                "int8",
-                "--out",
-                str(folder / "bundle"),
-                "--quiet",
-            ]
-            subprocess.run([*export, *bundle], check=True, stdout=subprocess.DEVNULL)
-            print(f"{source}: {half} older commits to adapt, {len(lines) - half} newer to judge")
-            for path in (folder / "newer.jsonl", *options.keep):
-                before, after = top1(options.start, path), top1(folder / "bundle", path)
+            extra, judges = write(folder / "extra.jsonl", older), write(folder / "judges.jsonl", newer)
+            adapted, bundle = folder / "adapted", folder / "bundle"
+            train = ["finetune", "--from", str(options.start), "--extra", str(extra), "--out", str(adapted), "--quiet"]
+            subprocess.run([*export, *train], check=True, stdout=subprocess.DEVNULL)
+            like = ["--like", str(options.start), "--variants", "int8"]
+            pack = ["bundle", str(adapted), *like, "--out", str(bundle), "--quiet"]
+            subprocess.run([*export, *pack], check=True, stdout=subprocess.DEVNULL)
+            for path in (judges, *options.keep):
+                before, after = top1(options.start, path), top1(bundle, path)
                 print(f"  {path.stem:<24}n = {before.n:<6}before {before}  after {after}", flush=True)
 
 

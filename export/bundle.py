@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import BertModel
 
 from edge.agents import Agent
-from edge.bundle import FORMAT, MANIFEST, MANIFEST_DIGEST, Bundle, manifest_digest
+from edge.bundle import FORMAT, MANIFEST, MANIFEST_DIGEST, Bundle, Calibration, manifest_digest
 from edge.doctor import examine
 from edge.errors import InputError
 from edge.evaluate import OUT_OF_SCOPE, Labelled
@@ -60,6 +60,7 @@ def build_bundle(
     variants: Sequence[str] = VARIANTS,
     labelled: Sequence[Labelled] = (),
     labelled_name: str | None = None,
+    like: Bundle | None = None,
     minimum_cosine: dict[str, float] | None = None,
     replace: bool = False,
     quiet: bool = False,
@@ -78,6 +79,8 @@ def build_bundle(
         variants: Which graphs to ship, of ``fp32`` and ``int8``; the last one is the default.
         labelled: Tasks to calibrate on; without any, confidences are marked as uncalibrated.
         labelled_name: What the manifest calls them.
+        like: Where there are none, takes over the calibration of this bundle, from which the
+            checkpoint was adapted.
         minimum_cosine: Bounds by variant, in place of ``MINIMUM_COSINE``.
         replace: Replace an existing ``out``.
         quiet: No progress on standard error.
@@ -158,6 +161,8 @@ def build_bundle(
                 entry["calibrated_on"] = (
                     f"{labelled_name}, {len(labelled)} tasks" if labelled_name else str(len(labelled))
                 )
+            elif like is not None:
+                _take_over(entry, like)
             steps.update()
         _write_manifest(work, manifest)
         steps.set_description("verify")
@@ -288,12 +293,25 @@ def _calibrate(
         router = Router.load(bundle, variant=entry["id"], agents=agents)
         signals = [router.signals(row.task) for row in labelled]
         fitted[kind] = calibrate(signals, labelled, names)
-    entry["calibration"] = {
+    entry["calibration"] = _calibrations(fitted)
+
+
+def _take_over(entry: dict[str, Any], like: Bundle) -> None:
+    """The calibration of a bundle's variant of the same name, or of its default one."""
+    ids = [variant.id for variant in like.variants]
+    variant = like.variant(entry["id"] if entry["id"] in ids else None)
+    entry["calibration"] = _calibrations(variant.calibration)
+    if variant.calibrated_on is not None:
+        entry["calibrated_on"] = f"{variant.calibrated_on}, for {like.name} {like.version}"
+
+
+def _calibrations(by_kind: Mapping[str, Mapping[str, Calibration]]) -> dict[str, Any]:
+    return {
         kind: {
             strategy: {key: None if value is None else round(value, 5) for key, value in asdict(calibration).items()}
             for strategy, calibration in by_strategy.items()
         }
-        for kind, by_strategy in fitted.items()
+        for kind, by_strategy in by_kind.items()
     }
 
 

@@ -83,9 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     soft.add_argument("teacher", type=Path, metavar="CHECKPOINT")
     soft.add_argument("recipe", type=Path, metavar="RECIPE.toml")
-    soft.add_argument(
-        "--commits", type=Path, action="append", default=[], metavar="FILE.jsonl", help="as for finetune"
-    )
+    soft.add_argument("--commits", type=Path, action="append", default=[], metavar="FILE.jsonl", help="as for finetune")
     soft.add_argument("--quiet", action="store_true", help="no progress bar")
     soft.set_defaults(run=_soft_labels)
 
@@ -129,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         "--agents", type=Path, metavar="PATH", help="agents file (default: the recipe's, or the thirteen)"
     )
     bundle.add_argument("--eval", type=Path, metavar="FILE.jsonl", help="labelled tasks to calibrate confidence on")
+    bundle.add_argument(
+        "--like",
+        type=Path,
+        metavar="BUNDLE",
+        help="for a checkpoint adapted from this bundle: takes name, agents and calibration from it",
+    )
     bundle.add_argument("--variants", default="fp32,int8", help="comma-separated; the last is the default (fp32,int8)")
     bundle.add_argument("--name", help="name in the manifest (default: the recipe's, or the checkpoint folder's)")
     bundle.add_argument("--licence", help="licence in the manifest (default: the recipe's, or 'unknown')")
@@ -254,13 +258,17 @@ def _bundle(options: argparse.Namespace) -> int:
     from export.dataset import load_dataset
     from export.recipe import load_recipe
 
+    if options.like and (options.recipe or options.agents):
+        raise RecipeError("--like says what --recipe and --agents say. Give it alone.")
     recipe = load_recipe(options.recipe) if options.recipe else None
+    like = Bundle.open(options.like) if options.like else None
+    origin = recipe or like
     if options.agents:
         agents = load_agents(options.agents)
     elif recipe:
         agents = load_agents(recipe.resolve(recipe.agents))
     else:
-        agents = list(Bundle.open().agents)
+        agents = list((like or Bundle.open()).agents)
     names = [agent.name for agent in agents]
     labelled, labelled_name = [], None
     if options.eval:
@@ -272,15 +280,16 @@ def _bundle(options: argparse.Namespace) -> int:
         options.checkpoint,
         options.out,
         identity=Identity(
-            name=options.name or (recipe.name if recipe else options.checkpoint.resolve().name),
-            version=recipe.version if recipe else "0",
-            licence=options.licence or (recipe.licence if recipe else "unknown"),
-            base_model=recipe.base_model if recipe else options.checkpoint.resolve().name,
+            name=options.name or (origin.name if origin else options.checkpoint.resolve().name),
+            version=(origin.version if origin else "0") + ("+adapted" if like else ""),
+            licence=options.licence or (origin.licence if origin else "unknown"),
+            base_model=origin.base_model if origin else options.checkpoint.resolve().name,
         ),
         agents=agents,
         variants=[variant.strip() for variant in options.variants.split(",") if variant.strip()],
         labelled=labelled,
         labelled_name=labelled_name,
+        like=like,
         minimum_cosine=dict(options.minimum_cosine),
         replace=options.force,
         quiet=options.quiet,

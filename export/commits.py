@@ -122,7 +122,7 @@ def _row(subject: str, source: str, left_out: Counter[str]) -> dict[str, str] | 
 
 
 def _name(repository: Path) -> str:
-    folder = Path(os.path.abspath(repository))  # links are kept: their name is the one that was given
+    folder = Path(os.path.normpath(Path.cwd() / repository))  # unlike resolve(), keeps the name of a link
     return folder.parent.name if folder.name == ".git" else folder.name.removesuffix(".git")
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from edge.agents import load_agents
+from edge.bundle import Bundle
 from edge.evaluate import evaluate, read_labelled
 from edge.router import Router
 from export.bundle import Identity, build_bundle
@@ -191,7 +192,7 @@ def test_going_on_from_a_bundle_learns_new_tasks_and_keeps_the_old(
     def top1(checkpoint: Path) -> tuple[float, float]:
         bundle = checkpoint.with_name(checkpoint.name + "-bundle")
         identity = Identity("x", "1", "Apache-2.0", "x")
-        build_bundle(checkpoint, bundle, identity=identity, agents=agents, variants=["fp32"], quiet=True)
+        build_bundle(checkpoint, bundle, identity=identity, agents=agents, variants=["fp32"], labelled=old, quiet=True)
         router = Router.load(bundle)
         shares = [evaluate(router, rows, ["embedding"])[0].top1.value for rows in (old, new)]
         assert shares[0] is not None
@@ -207,6 +208,12 @@ def test_going_on_from_a_bundle_learns_new_tasks_and_keeps_the_old(
     after = top1(out)
     assert after[1] > before[1]
     assert after[0] >= before[0] - 0.1
+    like = ["bundle", str(out), "--like", str(bundle), "--variants", "fp32", "--quiet"]
+    assert main([*like, "--out", str(tmp_path / "like")]) == 0
+    taken, origin = Bundle.open(tmp_path / "like"), Bundle.open(bundle)
+    assert (taken.name, taken.version, taken.agents) == (origin.name, "1+adapted", origin.agents)
+    assert taken.variant().calibration == origin.variant().calibration
+    assert taken.variant().calibrated_on == f"{len(old)}, for x 1"
 
     assert main(["finetune", str(recipe.path), "--from", str(trained), "--extra", str(tmp_path / "house.jsonl")]) == 1
     assert "--out" in capsys.readouterr().err
