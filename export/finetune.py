@@ -281,7 +281,8 @@ def finetune(plan: Plan, out: Path, *, restart: bool = False, quiet: bool = Fals
             _embed(network.encoder, plan.start.tokenize([e.task for e in members], settings.max_tokens), settings),
             torch.tensor([_position(plan, e.agent) for e in members]),
         )
-        for part, members in (("train", plan.dataset.train), ("dev", plan.dataset.dev))
+        # Only further heads are fitted on the train part.
+        for part, members in (("train", plan.dataset.train if settings.heads else []), ("dev", plan.dataset.dev))
     }
     head, compared = choose_head(_head(plan.names, network), parts, settings.heads)
     metrics: dict[str, Any] = {

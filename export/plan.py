@@ -70,12 +70,12 @@ def plan_recipe(
     names = [agent.name for agent in agents]
     dataset = load_dataset(recipe, names)
     further = _commits(recipe, names, dataset, commits)
+    made_up = _variations(recipe, dataset)
     for path in extra:
         dataset = replace(dataset, train=[*dataset.train, *load_extra(path, names, dataset, 1.0)])
     settings = recipe.train if start is None else ADAPTATION
     soft: dict[str, torch.Tensor] = {}
     if settings.soft_weight > 0 and (recipe.data.soft_labels or start is None):
-        made_up = _variations(recipe, [*dataset.train, *further])
         soft = read_soft_labels(
             recipe.resolve(recipe.data.soft_labels), names, [*(e.task for e in (*dataset.train, *further)), *made_up]
         )
@@ -154,7 +154,7 @@ def training_texts(recipe: Recipe, commits: Sequence[Path]) -> list[str]:
     names = [agent.name for agent in load_agents(recipe.resolve(recipe.agents))]
     dataset = load_dataset(recipe, names)
     examples = [*dataset.train, *_commits(recipe, names, dataset, commits)]
-    return [*(e.task for e in examples), *_variations(recipe, examples)]
+    return [*(e.task for e in examples), *_variations(recipe, dataset)]
 
 
 def _commits(recipe: Recipe, names: list[str], dataset: Dataset, paths: Sequence[Path]) -> list[Example]:
@@ -168,10 +168,10 @@ def _commits(recipe: Recipe, names: list[str], dataset: Dataset, paths: Sequence
     return load_commits(paths, recipe, names, dataset)
 
 
-def _variations(recipe: Recipe, examples: Sequence[Example]) -> list[str]:
-    known = {e.task for e in examples}
-    made_up = variations([e.task for e in examples], recipe.data.variations, recipe.train.seed)
-    return [text for text in made_up if text not in known]
+def _variations(recipe: Recipe, dataset: Dataset) -> list[str]:
+    tasks = [e.task for e in dataset.train]
+    known = set(tasks)
+    return [text for text in variations(tasks, recipe.data.variations, recipe.train.seed) if text not in known]
 
 
 def load_start(path: Path) -> Checkpoint:

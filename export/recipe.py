@@ -24,7 +24,7 @@ class Data:
     out_of_scope: tuple[str, ...] = ()  # files of {"task", "agent": "none"}
     preferences: tuple[str, ...] = ()  # files of {"task", "scores": {agent: score}}, for reward_weight
     soft_labels: str = ""  # a teacher's probabilities, written by `ruvltra-export soft-labels`
-    variations: int = 0  # made-up variations of each training task, for the teacher to label
+    variations: int = 0  # made-up variations of each authored training task, for the teacher to label
 
 
 @dataclass(frozen=True, slots=True)
