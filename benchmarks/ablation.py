@@ -1,6 +1,6 @@
 """What each part of the training is worth: one short run a row, each on top of the rows kept so far.
 
-    python -m benchmarks.ablation --commits FILE.jsonl [--epochs N] [--eval FILE.jsonl ...] [--json OUT]
+    python -m benchmarks.ablation --commits FILE.jsonl [...] [--epochs N] [--eval FILE.jsonl ...] [--json OUT]
 
 All runs have the recipe's data, seed and number of epochs. Accuracy is that of the nearest prototype
 in fp32, without abstaining; a row marked "-" is not part of the rows below it.
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from edge.evaluate import Labelled, Proportion, calibration_error, read_labelled
 from edge.keywords import KeywordRules
@@ -28,7 +27,7 @@ from export.finetune import Plan, finetune
 from export.heads import scores
 from export.plan import plan_recipe
 from export.recipe import Recipe, load_recipe
-from export.wrapper import SentenceEncoder
+from export.wrapper import SentenceEncoder, embed
 
 
 @dataclass(frozen=True)
@@ -74,30 +73,20 @@ def steps(recipe: Recipe) -> list[Step]:
     return [row for row in rows if recipe.data.preferences or "reward_weight" not in row.changes]
 
 
-def embed(checkpoint: Checkpoint, tasks: Sequence[str]) -> torch.Tensor:
+def vectors_of(checkpoint: Checkpoint, tasks: Sequence[str]) -> torch.Tensor:
     """(n, dim) fp32 vectors."""
-    model = SentenceEncoder(checkpoint.backbone).eval()
-    ids = checkpoint.tokenize(list(tasks))
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    vectors = torch.empty(len(ids), checkpoint.backbone.config.hidden_size)
-    with torch.no_grad():
-        for start in range(0, len(order), 64):
-            part = order[start : start + 64]
-            rows = [torch.tensor(ids[i]) for i in part]
-            masks = [torch.ones_like(row) for row in rows]
-            vectors[part] = model(*(pad_sequence(x, batch_first=True) for x in (rows, masks)))
-    return vectors
+    return embed(SentenceEncoder(checkpoint.backbone), checkpoint.tokenize(list(tasks)))
 
 
 def accuracy(checkpoint: Checkpoint, head: Head, rows: Sequence[Labelled]) -> Proportion:
     inside = [row for row in rows if row.agent in head.agents]
-    best = scores(head, embed(checkpoint, [row.task for row in inside])).argmax(1).tolist()
+    best = scores(head, vectors_of(checkpoint, [row.task for row in inside])).argmax(1).tolist()
     return Proportion.of(sum(head.agents[b] == row.agent for b, row in zip(best, inside, strict=True)), len(inside))
 
 
 def untrained(plan: Plan) -> Head:
     """Mean vectors of the training tasks."""
-    vectors = embed(plan.start, [e.task for e in plan.dataset.train])
+    vectors = vectors_of(plan.start, [e.task for e in plan.dataset.train])
     agents = [e.agent for e in plan.dataset.train]
     means = torch.stack([vectors[torch.tensor([a == name for a in agents])].mean(0) for name in [*plan.names, "none"]])
     unit = torch.nn.functional.normalize(means, dim=1)
@@ -109,7 +98,7 @@ def errors(plan: Plan, checkpoint: Checkpoint, head: Head) -> tuple[float, float
     rules = KeywordRules(plan.agents)
 
     def signals(rows: Sequence[Labelled]) -> list[Signals]:
-        vectors = embed(checkpoint, [row.task for row in rows])
+        vectors = vectors_of(checkpoint, [row.task for row in rows])
         said = scores(head, vectors).numpy()
         outside = (vectors @ head.out_of_scope).numpy()
         return [

@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--json", metavar="OUT")
     parser.add_argument("--markdown", action="store_true", help="write the figures as two tables, as in the cards")
     options = parser.parse_args()
+    if len({path.name for path in options.files}) < len(options.files):
+        parser.error("two files have the same name, by which results are told apart")
     told = sys.stderr if options.markdown else sys.stdout
     results: list[dict[str, Any]] = []
     for folder in options.bundle or [None]:

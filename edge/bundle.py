@@ -70,8 +70,8 @@ class Variant:
         precision: How weights and activations are held.
         minimum_cosine: Bound on the cosine to the fp32 vectors that the exporter enforced.
         calibration: By ``trained`` (the bundle's own agents) or ``custom``, then by strategy.
-        calibrated_on: Name of the labelled data it was fitted on; None if it was not fitted, so
-            that confidences are no probabilities.
+        calibrated_on: Name of the labelled data it was fitted on, and of the bundle where that was
+            another one; None if it was not fitted, so that confidences are no probabilities.
         parity: The exporter's measurements.
     """
 

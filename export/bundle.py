@@ -20,12 +20,13 @@ from transformers import BertModel
 
 from edge.agents import Agent
 from edge.bundle import FORMAT, MANIFEST, MANIFEST_DIGEST, Bundle, Calibration, manifest_digest
+from edge.bundle import Head as ShippedHead
 from edge.doctor import examine
 from edge.errors import InputError
 from edge.evaluate import OUT_OF_SCOPE, Labelled
 from edge.router import Router
 from export.calibrate import UNCALIBRATED, calibrate
-from export.checkpoint import Checkpoint, load_checkpoint
+from export.checkpoint import Checkpoint, Head, load_checkpoint
 from export.errors import CheckpointError, ParityError
 from export.onnx import export_fp32, quantise_int8, weights_path
 from export.parity import MINIMUM_COSINE, Reference, Report, Run, parity_texts
@@ -115,8 +116,13 @@ def build_bundle(
     if checkpoint.head is not None and checkpoint.head.agents != names:
         raise CheckpointError(
             f"{checkpoint_folder}: the head was trained for {', '.join(checkpoint.head.agents)}; the agents given are "
-            f"{', '.join(names)}. Give the agents file of its recipe, or delete head.safetensors to route by "
-            "descriptions."
+            f"{', '.join(names)}. Give the agents file of its recipe or the bundle that it was adapted from, or "
+            "delete head.safetensors to route by descriptions."
+        )
+    if like is not None and not labelled and _kind(checkpoint.head) != _kind(like.head):
+        raise InputError(
+            f"{like.path}: its confidence is calibrated for another kind of head than the checkpoint has. Calibrate "
+            "anew with --eval."
         )
     if not isinstance(checkpoint.backbone, BertModel):
         raise CheckpointError(f"{checkpoint_folder}: only BERT encoders can be exported. Distil it into one.")
@@ -296,10 +302,14 @@ def _calibrate(
     entry["calibration"] = _calibrations(fitted)
 
 
+def _kind(head: Head | ShippedHead | None) -> tuple[int, bool] | None:
+    """Prototypes an agent, and whether a linear head decides; calibration depends on it."""
+    return None if head is None else (head.prototypes.shape[1], head.linear is not None)
+
+
 def _take_over(entry: dict[str, Any], like: Bundle) -> None:
     """The calibration of a bundle's variant of the same name, or of its default one."""
-    ids = [variant.id for variant in like.variants]
-    variant = like.variant(entry["id"] if entry["id"] in ids else None)
+    variant = next((variant for variant in like.variants if variant.id == entry["id"]), like.variant())
     entry["calibration"] = _calibrations(variant.calibration)
     if variant.calibrated_on is not None:
         entry["calibrated_on"] = f"{variant.calibrated_on}, for {like.name} {like.version}"

@@ -124,18 +124,24 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe", type=Path, metavar="RECIPE.toml", help="takes name, agents and dev split from a recipe"
     )
     bundle.add_argument(
-        "--agents", type=Path, metavar="PATH", help="agents file (default: the recipe's, or the thirteen)"
+        "--agents",
+        type=Path,
+        metavar="PATH",
+        help="agents file (default: those of --recipe or --like, or the thirteen)",
     )
     bundle.add_argument("--eval", type=Path, metavar="FILE.jsonl", help="labelled tasks to calibrate confidence on")
     bundle.add_argument(
         "--like",
         type=Path,
         metavar="BUNDLE",
-        help="for a checkpoint adapted from this bundle: takes name, agents and calibration from it",
+        help="for a checkpoint adapted from this bundle: takes its name, version, licence and agents, and without "
+        "--eval its calibration",
     )
     bundle.add_argument("--variants", default="fp32,int8", help="comma-separated; the last is the default (fp32,int8)")
-    bundle.add_argument("--name", help="name in the manifest (default: the recipe's, or the checkpoint folder's)")
-    bundle.add_argument("--licence", help="licence in the manifest (default: the recipe's, or 'unknown')")
+    bundle.add_argument(
+        "--name", help="name in the manifest (default: that of --recipe or --like, or the checkpoint folder's)"
+    )
+    bundle.add_argument("--licence", help="licence in the manifest (default: that of --recipe or --like, or 'unknown')")
     bundle.add_argument(
         "--minimum-cosine",
         action="append",
@@ -176,6 +182,8 @@ def _finetune(options: argparse.Namespace) -> int:
     from export.plan import plan_adaptation, plan_recipe
     from export.recipe import load_recipe
 
+    if options.commits and options.recipe is None:
+        raise RecipeError("--commits belongs to a recipe. Give your own tasks with --extra.")
     if options.recipe is None and (options.start is None or not options.extra):
         raise RecipeError("give a recipe, or both --from and --extra.")
     if options.out is None and (options.start is not None or options.recipe is None):
@@ -259,7 +267,7 @@ def _bundle(options: argparse.Namespace) -> int:
     from export.recipe import load_recipe
 
     if options.like and (options.recipe or options.agents):
-        raise RecipeError("--like says what --recipe and --agents say. Give it alone.")
+        raise RecipeError("--like says what --recipe and --agents say. Give either.")
     recipe = load_recipe(options.recipe) if options.recipe else None
     like = Bundle.open(options.like) if options.like else None
     origin = recipe or like
@@ -281,7 +289,7 @@ def _bundle(options: argparse.Namespace) -> int:
         options.out,
         identity=Identity(
             name=options.name or (origin.name if origin else options.checkpoint.resolve().name),
-            version=(origin.version if origin else "0") + ("+adapted" if like else ""),
+            version=f"{like.version.removesuffix('+adapted')}+adapted" if like else recipe.version if recipe else "0",
             licence=options.licence or (origin.licence if origin else "unknown"),
             base_model=origin.base_model if origin else options.checkpoint.resolve().name,
         ),

@@ -65,41 +65,53 @@ def mine_commits(repositories: Sequence[str | Path], most: int | None = None) ->
     Raises:
         RecipeError: A path is no git repository with a history, or git is not installed.
     """
+    if most is not None and most < 1:
+        raise RecipeError(f"at most {most} tasks of an agent would be none. Ask for 1 or more.")
     left_out: Counter[str] = Counter()
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, tuple[int, dict[str, str]]] = {}
     disputed: set[str] = set()
-    for given in map(str, repositories):
-        at = "@" in given and not Path(given).exists()
-        folder, revision = given.rsplit("@", 1) if at else (given, "HEAD")
-        for subject in _subjects(Path(folder), revision):
-            row = _row(subject, _name(Path(folder)), left_out)
+    for number, given in enumerate(map(str, repositories)):
+        folder, revision = _folder_and_revision(given)
+        for subject in _subjects(folder, revision, given):
+            row = _row(subject, _name(folder), left_out)
             if row is None:
                 continue
             key = normalise(row["task"])
             if key in found or key in disputed:
                 left_out["said before"] += 1
-                if key in found and found[key]["agent"] != row["agent"]:
+                if key in found and found[key][1]["agent"] != row["agent"]:
                     del found[key]
                     disputed.add(key)
                     left_out["said with two types"] += 1
                 continue
-            found[key] = row
-    rows = list(found.values())
-    if most is not None:
-        rows = _newest(rows, most, left_out)
+            found[key] = (number, row)
+    rows = _newest(list(found.values()), most, left_out)
     return Mined(rows, dict(Counter(row["agent"] for row in rows).most_common()), dict(left_out.most_common()))
 
 
-def _newest(rows: list[dict[str, str]], most: int, left_out: Counter[str]) -> list[dict[str, str]]:
-    taken: Counter[tuple[str, str]] = Counter()
+def _newest(
+    found: Sequence[tuple[int, dict[str, str]]], most: int | None, left_out: Counter[str]
+) -> list[dict[str, str]]:
+    """The rows, or each repository's ``most`` newest of an agent."""
+    taken: Counter[tuple[int, str]] = Counter()
     kept = []
-    for row in reversed(rows):
-        taken[row["source"], row["agent"]] += 1
-        if taken[row["source"], row["agent"]] <= most:
+    for number, row in reversed(found):
+        taken[number, row["agent"]] += 1
+        if most is None or taken[number, row["agent"]] <= most:
             kept.append(row)
-    if len(kept) < len(rows):
-        left_out["older than the newest that were asked for"] += len(rows) - len(kept)
+    if len(kept) < len(found):
+        left_out["older than the newest that were asked for"] += len(found) - len(kept)
     return kept[::-1]
+
+
+def _folder_and_revision(given: str) -> tuple[Path, str]:
+    """``FOLDER@REVISION`` in two; a folder's own name may hold an "@", and so may a revision."""
+    parts = given.split("@")
+    for length in range(len(parts), 0, -1):
+        folder = "@".join(parts[:length])
+        if folder and Path(folder).is_dir():
+            return Path(folder), "@".join(parts[length:]) or "HEAD"
+    return Path(given), "HEAD"
 
 
 def _row(subject: str, source: str, left_out: Counter[str]) -> dict[str, str] | None:
@@ -126,7 +138,7 @@ def _name(repository: Path) -> str:
     return folder.parent.name if folder.name == ".git" else folder.name.removesuffix(".git")
 
 
-def _subjects(repository: Path, revision: str) -> Iterable[str]:
+def _subjects(repository: Path, revision: str, given: str) -> Iterable[str]:
     command = ["git", "-C", str(repository), "log", "--no-merges", "--reverse", "--format=%s"]
     command += ["--end-of-options", revision, "--"]
     try:
@@ -136,7 +148,7 @@ def _subjects(repository: Path, revision: str) -> Iterable[str]:
     if done.returncode != 0:
         reason = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise RecipeError(
-            f"{repository}: no history can be read ({reason[-1] if reason else 'git failed'}). Give the folder of a "
-            "git checkout."
+            f"{given}: no history can be read ({reason[-1] if reason else 'git failed'}). Give the folder of a git "
+            "checkout or bare clone, and after '@' a revision that it has."
         )
     return done.stdout.decode("utf-8", "replace").splitlines()

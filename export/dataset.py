@@ -157,7 +157,9 @@ def split_groups(groups: list[list[Example]], split: Split, where: str) -> Datas
 
 
 def load_commits(paths: Sequence[Path], recipe: Recipe, agents: list[str], dataset: Dataset) -> list[Example]:
-    """Commit subjects for training; those that equal a dev or test task are left out, as are repeated ones.
+    """Commit subjects for training; those that equal a dev or test task are left out.
+
+    Of a subject that occurs more than once the first one's label counts.
 
     Raises:
         RecipeError: The files are not those whose digests the recipe states, or a row is broken.
@@ -166,14 +168,14 @@ def load_commits(paths: Sequence[Path], recipe: Recipe, agents: list[str], datas
     if stated and len(paths) != len(stated):
         raise RecipeError(
             f"{recipe.path}: was written for {len(stated)} files of commit subjects; {len(paths)} were given. Give "
-            "each with --commits, or change sha256 under [commits] (empty takes any)."
+            "each with --commits, in the recipe's order, or change sha256 under [commits] (empty takes any)."
         )
-    for path, wanted in zip(paths, stated, strict=False):
+    for path, wanted in zip(paths, stated, strict=False):  # nothing stated takes any
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
         if digest != wanted:
             raise RecipeError(
-                f"{path}: sha256 {digest} is not the recipe's {wanted}. Give the file that the recipe "
-                "was written for, or change sha256 under [commits] (empty takes any)."
+                f"{path}: sha256 {digest} is not the recipe's {wanted}. Give the files that the recipe "
+                "was written for in its order, or change sha256 under [commits] (empty takes any)."
             )
     found = [example for path in paths for example in load_extra(path, agents, dataset, recipe.commits.weight)]
     return list({normalise(example.task): example for example in reversed(found)}.values())[::-1]

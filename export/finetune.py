@@ -37,7 +37,7 @@ from export.dataset import OUT_OF_SCOPE, Dataset, Example, Judged
 from export.errors import RecipeError
 from export.heads import choose_head
 from export.recipe import Train
-from export.wrapper import SentenceEncoder
+from export.wrapper import SentenceEncoder, embed, forward
 
 _PREFERENCES_A_STEP = 16  # judged tasks that join each batch
 
@@ -278,10 +278,14 @@ def finetune(plan: Plan, out: Path, *, restart: bool = False, quiet: bool = Fals
     network.load_state_dict(run.best)
     parts = {
         part: (
-            _embed(network.encoder, plan.start.tokenize([e.task for e in members], settings.max_tokens), settings),
+            embed(
+                network.encoder,
+                plan.start.tokenize([e.task for e in members], settings.max_tokens),
+                settings.precision,
+            ),
             torch.tensor([_position(plan, e.agent) for e in members]),
         )
-        # Only further heads are fitted on the train part.
+        # Embedding the train part takes minutes, and only further heads need it.
         for part, members in (("train", plan.dataset.train if settings.heads else []), ("dev", plan.dataset.dev))
     }
     head, compared = choose_head(_head(plan.names, network), parts, settings.heads)
@@ -353,13 +357,12 @@ def _rows(plan: Plan, examples: list[Example], quiet: bool) -> _Rows:
     position = {name: i for i, name in enumerate([*plan.names, OUT_OF_SCOPE])}
     texts = [e.task for e in examples]
     reference = torch.empty(len(texts), 0)
-    if settings.retention_weight > 0 or settings.imitation_weight > 0:
-        reference = _embed(
+    if {"retention", "imitation"} & _weights(settings).keys():
+        reference = embed(
             SentenceEncoder(plan.reference.backbone),
             plan.reference.tokenize(texts, settings.max_tokens),
-            settings,
-            quiet,
-            "reference vectors",
+            settings.precision,
+            "" if quiet else "reference vectors",
         )
     label = torch.tensor([position[e.agent] for e in examples])
     soft = torch.empty(0, len(position))
@@ -405,10 +408,9 @@ def _initial_prototypes(plan: Plan, rows: _Rows) -> torch.Tensor:
         return torch.cat([nn.functional.normalize(head.prototypes.mean(1), dim=1), head.out_of_scope[None]])
     settings = plan.settings
     model = SentenceEncoder(plan.start.backbone)
-    described = _embed(
-        model, plan.start.tokenize([a.description or a.name for a in plan.agents], settings.max_tokens), settings
-    )
-    vectors = _embed(model, rows.ids[: rows.authored], settings)
+    descriptions = plan.start.tokenize([a.description or a.name for a in plan.agents], settings.max_tokens)
+    described = embed(model, descriptions, settings.precision)
+    vectors = embed(model, rows.ids[: rows.authored], settings.precision)
     means = []
     for label in range(len(names) + 1):
         members = vectors[rows.label[: rows.authored] == label]
@@ -426,7 +428,7 @@ def _mine(network: _Network, rows: _Rows, settings: Train) -> list[int]:
 
     Confusable are the three agents whose prototypes come nearest to the agent's tasks.
     """
-    vectors = _embed(network.encoder, rows.ids[: rows.authored], settings)
+    vectors = embed(network.encoder, rows.ids[: rows.authored], settings.precision)
     label = rows.label[: rows.authored]
     unit = nn.functional.normalize(network.prototypes, dim=1)
     count = len(unit)
@@ -480,19 +482,6 @@ def _batches(
     return [torch.tensor(batch) for batch in batches]
 
 
-def _pad(ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(len(row) for row in ids)
-    padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
-    return padded, mask
-
-
-def _forward(model: SentenceEncoder, ids: list[list[int]], settings: Train) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        vectors: torch.Tensor = model(*_pad(ids))
-    return vectors.float()
-
-
 def _weights(settings: Train) -> dict[str, float]:
     """Weights of the terms that are in use."""
     weights = {
@@ -508,7 +497,7 @@ def _weights(settings: Train) -> dict[str, float]:
 
 def _losses(network: _Network, rows: _Rows, index: torch.Tensor, settings: Train) -> dict[str, torch.Tensor]:
     """The terms in use, each a weighted mean over the batch; the reward's comes from other tasks."""
-    vectors = _forward(network.encoder, [rows.ids[i] for i in index.tolist()], settings)
+    vectors = forward(network.encoder, [rows.ids[i] for i in index.tolist()], settings.precision)
     label, near, weight = rows.label[index], rows.near[index], rows.weight[index]
     weight = weight / weight.sum().clamp(min=1e-6)
     cosine = vectors @ nn.functional.normalize(network.prototypes, dim=1).T
@@ -529,7 +518,7 @@ def _reward(network: _Network, judged: _Judged, step: int, settings: Train) -> t
     """The reward term of the step's share of the judged tasks."""
     start = step * _PREFERENCES_A_STEP
     index = [i % len(judged.ids) for i in range(start, start + min(_PREFERENCES_A_STEP, len(judged.ids)))]
-    vectors = _forward(network.encoder, [judged.ids[i] for i in index], settings)
+    vectors = forward(network.encoder, [judged.ids[i] for i in index], settings.precision)
     cosine = vectors @ nn.functional.normalize(network.prototypes, dim=1).T
     return losses.reward(cosine, judged.advantage[index], settings.temperature).mean()
 
@@ -539,23 +528,6 @@ def _head(names: list[str], network: _Network) -> Head:
     return Head(tuple(names), unit[:-1, None].clone(), unit[-1].clone())
 
 
-@torch.no_grad()
-def _embed(
-    model: SentenceEncoder,
-    ids: list[list[int]],
-    settings: Train,
-    quiet: bool = True,
-    description: str = "embedding",
-) -> torch.Tensor:
-    model.eval()
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    result = torch.empty(len(ids), model.backbone.config.hidden_size)
-    for start in tqdm(range(0, len(order), 128), desc=description, disable=quiet, unit="batch"):
-        part = order[start : start + 128]
-        result[part] = _forward(model, [ids[i] for i in part], settings)
-    return result
-
-
 def _evaluate(plan: Plan, network: _Network) -> dict[str, float]:
     """Dev accuracy on in-scope tasks, on those with a tempting wrong agent, and retrieval kept."""
     settings = plan.settings
@@ -563,7 +535,8 @@ def _evaluate(plan: Plan, network: _Network) -> dict[str, float]:
     if not scope:
         return {"dev_accuracy": 0.0, "dev_hard_accuracy": 0.0, "retrieval_mrr": 0.0}
     head = _head(plan.names, network)
-    vectors = _embed(network.encoder, plan.start.tokenize([e.task for e in scope], settings.max_tokens), settings)
+    ids = plan.start.tokenize([e.task for e in scope], settings.max_tokens)
+    vectors = embed(network.encoder, ids, settings.precision)
     best = (vectors @ head.prototypes[:, 0].T).argmax(1).tolist()
     right = [head.agents[b] == e.agent for b, e in zip(best, scope, strict=True)]
     hard = [r for r, e in zip(right, scope, strict=True) if e.near]
@@ -585,7 +558,7 @@ def _halves_mrr(plan: Plan, model: SentenceEncoder, tasks: list[str]) -> float:
         return 0.0
     halves = ([" ".join(w[: len(w) // 2]) for w in words], [" ".join(w[len(w) // 2 :]) for w in words])
     first, second = (
-        _embed(model, plan.start.tokenize(texts, plan.settings.max_tokens), plan.settings) for texts in halves
+        embed(model, plan.start.tokenize(texts, plan.settings.max_tokens), plan.settings.precision) for texts in halves
     )
     scores = first @ second.T
     rank = (scores > scores.diagonal()[:, None]).sum(1) + 1

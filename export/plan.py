@@ -149,7 +149,7 @@ def plan_adaptation(start: Path, extra: Sequence[Path]) -> Plan:
     )
 
 
-def training_texts(recipe: Recipe, commits: Sequence[Path]) -> list[str]:
+def training_texts(recipe: Recipe, commits: Sequence[Path] = ()) -> list[str]:
     """All texts that a recipe trains on, variations included: those a teacher is asked about."""
     names = [agent.name for agent in load_agents(recipe.resolve(recipe.agents))]
     dataset = load_dataset(recipe, names)

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from export.checkpoint import Checkpoint, Head
 from export.dataset import normalise
 from export.errors import CheckpointError, RecipeError
 from export.heads import scores
-from export.wrapper import SentenceEncoder
+from export.wrapper import SentenceEncoder, embed
 
 _STEPS = 255  # a probability is kept as so many parts of one
 
@@ -57,18 +56,12 @@ def write_soft_labels(
 
 def ask(teacher: Checkpoint, head: Head, tasks: list[str], temperature: float, quiet: bool = False) -> torch.Tensor:
     """(n, agents + 1) float32 probabilities of a teacher's head, the last for out of scope."""
-    model = SentenceEncoder(teacher.backbone).eval()
-    rows = []
-    with torch.no_grad():
-        for start in tqdm(range(0, len(tasks), 64), desc="soft labels", unit="batch", disable=quiet):
-            ids = teacher.tokenize(tasks[start : start + 64], 64)
-            longest = max(map(len, ids))
-            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
-            with torch.autocast("cpu", torch.bfloat16):
-                vectors = model(torch.tensor([row + [0] * (longest - len(row)) for row in ids]), mask).float()
-            outside = vectors @ head.out_of_scope
-            rows.append(torch.cat([scores(head, vectors), outside[:, None]], dim=1))
-    return (torch.cat(rows) / temperature).softmax(1)
+    vectors = embed(
+        SentenceEncoder(teacher.backbone), teacher.tokenize(tasks, 64), "bfloat16", "" if quiet else "soft labels"
+    )
+    outside = vectors @ head.out_of_scope
+    said = torch.cat([scores(head, vectors), outside[:, None]], dim=1)
+    return (said / temperature).softmax(1)
 
 
 def read_soft_labels(path: Path, agents: list[str], texts: Sequence[str]) -> dict[str, torch.Tensor]:

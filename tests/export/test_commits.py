@@ -74,8 +74,24 @@ def test_a_revision_and_the_newest_of_each_agent_can_be_asked_for(tmp_path: Path
     assert mined.left_out["older than the newest that were asked for"] == 1
     (tmp_path / "odd@name").symlink_to(repo)
     assert {row["source"] for row in mine_commits([tmp_path / "odd@name"]).rows} == {"odd@name"}
-    with pytest.raises(RecipeError, match="no history"):
+    assert len(mine_commits([f"{tmp_path / 'odd@name'}@HEAD@{{0}}"]).rows) == 4
+    with pytest.raises(RecipeError, match="maps@no-such-revision: no history"):
         mine_commits([f"{repo}@no-such-revision"])
+
+
+def test_repositories_of_one_name_have_each_their_newest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for owner in ("ann", "bob"):
+        (tmp_path / owner).mkdir()
+        origin = repository(tmp_path / owner / "work", [f"fix: {owner} closes door {n} now" for n in range(3)])
+        git = ["git", "clone", "--quiet", "--bare", str(origin), str(tmp_path / owner / "core.git")]
+        subprocess.run(git, check=True)
+    clones = [str(tmp_path / owner / "core.git") for owner in ("ann", "bob")]
+    assert main(["mine-commits", *clones, "--most", "1", "--out", str(tmp_path / "tasks.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "tasks.jsonl").read_text("utf-8").splitlines()]
+    assert [row["task"] for row in rows] == ["ann closes door 2 now", "bob closes door 2 now"]
+    assert {row["source"] for row in rows} == {"core"}
+    assert main(["mine-commits", *clones, "--most", "0", "--out", str(tmp_path / "x.jsonl")]) == 1
+    assert "1 or more" in capsys.readouterr().err
 
 
 def test_command_writes_rows_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from edge.bundle import Bundle
 from edge.evaluate import evaluate, read_labelled
 from edge.router import Router
 from export.bundle import Identity, build_bundle
-from export.checkpoint import load_checkpoint
+from export.checkpoint import Checkpoint, Head, load_checkpoint, save_checkpoint
 from export.cli import main
 from export.dataset import load_dataset
 from export.errors import RecipeError
@@ -116,7 +116,7 @@ def test_training_learns_and_is_reproducible(recipe: Recipe, trained: Path, tmp_
 
 
 def test_every_option_together(recipe: Recipe, trained: Path, tmp_path: Path) -> None:
-    texts = training_texts(recipe, None)
+    texts = training_texts(recipe)
     assert len(texts) > len(plan_recipe(recipe).dataset.train)
     write_soft_labels(recipe.resolve("soft.safetensors"), load_checkpoint(trained), texts, 0.07, quiet=True)
     settings = replace(
@@ -140,6 +140,15 @@ def test_every_option_together(recipe: Recipe, trained: Path, tmp_path: Path) ->
     assert metrics["epochs"][metrics["best_epoch"] - 1]["dev_accuracy"] >= 0.8
     assert metrics["heads"].keys() == {"prototypes-1", "prototypes-2", "linear"}
     assert metrics["examples"]["judged"] == 30
+
+
+def test_losses_on_prototypes_alone_need_no_reference(recipe: Recipe, tmp_path: Path) -> None:
+    """As the teacher is trained: nothing is retained, and no other head is tried."""
+    settings = replace(recipe.train, epochs=1, retention_weight=0.0, heads=())
+    metrics = finetune(plan_recipe(replace(recipe, train=settings)), tmp_path / "out", quiet=True)
+    assert "retention" not in metrics["epochs"][0]
+    assert metrics["heads"] == {"prototypes-1": metrics["epochs"][0]["dev_accuracy"]}
+    assert metrics["epochs"][0]["dev_accuracy"] > 0.6
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(recipe: Recipe, tmp_path: Path) -> None:
@@ -168,6 +177,12 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(recipe: Recipe, tmp_path: Pa
         assert first == pytest.approx(second, abs=1e-3)
     assert resumed["epochs"][: len(done)] == done
     assert not state.parent.exists()
+
+
+def several(checkpoint: Checkpoint) -> Head:
+    """The checkpoint's head with every prototype twice."""
+    assert checkpoint.head is not None
+    return replace(checkpoint.head, prototypes=checkpoint.head.prototypes.repeat(1, 2, 1))
 
 
 def test_going_on_from_a_bundle_learns_new_tasks_and_keeps_the_old(
@@ -214,6 +229,18 @@ def test_going_on_from_a_bundle_learns_new_tasks_and_keeps_the_old(
     assert (taken.name, taken.version, taken.agents) == (origin.name, "1+adapted", origin.agents)
     assert taken.variant().calibration == origin.variant().calibration
     assert taken.variant().calibrated_on == f"{len(old)}, for x 1"
+    again = ["bundle", str(out), "--like", str(tmp_path / "like"), "--variants", "int8,fp32", "--quiet"]
+    assert main([*again, "--eval", str(tmp_path / "dev.jsonl"), "--out", str(tmp_path / "fitted")]) == 0
+    fitted = Bundle.open(tmp_path / "fitted")
+    assert fitted.version == "1+adapted"
+    assert fitted.variant().calibrated_on == f"dev.jsonl, {len(old)} tasks"
+    assert fitted.variant().calibration != origin.variant().calibration
+    assert main([*again, "--agents", str(tmp_path / "x"), "--out", str(tmp_path / "y")]) == 1
+    assert "Give either" in capsys.readouterr().err
+    four = replace(load_checkpoint(out), head=several(load_checkpoint(out)))
+    save_checkpoint(tmp_path / "four", four, four.head)
+    assert main(["bundle", str(tmp_path / "four"), "--like", str(bundle), "--out", str(tmp_path / "z"), "--quiet"]) == 1
+    assert "another kind of head" in capsys.readouterr().err
 
     assert main(["finetune", str(recipe.path), "--from", str(trained), "--extra", str(tmp_path / "house.jsonl")]) == 1
     assert "--out" in capsys.readouterr().err
