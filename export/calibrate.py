@@ -27,13 +27,13 @@ UNCALIBRATED = {
 }
 _RIDGE = 1e-3
 _CAUGHT = 0.9  # share of out-of-scope tasks to abstain from
-_LOST = (0.01, 0.03)  # share of in-scope tasks that may be lost to that: as a rule, and at most
+_LOST = (0.005, 0.03)  # share of in-scope tasks that may be lost to that: as a rule, and at most
 
 
 def calibrate(signals: Sequence[Signals], rows: Sequence[Labelled], agents: Sequence[str]) -> dict[str, Calibration]:
     """Fit every strategy.
 
-    The threshold abstains from one in a hundred in-scope tasks, or from up to three if fewer do not
+    The threshold abstains from one in two hundred in-scope tasks, or from up to six if fewer do not
     catch nine in ten of those out of scope.
 
     With a trained head ``hybrid`` is ``embedding`` where keywords bring no accuracy. Keywords of
