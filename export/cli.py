@@ -271,6 +271,9 @@ def _bundle(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe) if options.recipe else None
     like = Bundle.open(options.like) if options.like else None
     origin = recipe or like
+    version = origin.version if origin else "0"
+    if like:
+        version = version.removesuffix("+adapted") + "+adapted"
     if options.agents:
         agents = load_agents(options.agents)
     elif recipe:
@@ -289,7 +292,7 @@ def _bundle(options: argparse.Namespace) -> int:
         options.out,
         identity=Identity(
             name=options.name or (origin.name if origin else options.checkpoint.resolve().name),
-            version=f"{like.version.removesuffix('+adapted')}+adapted" if like else recipe.version if recipe else "0",
+            version=version,
             licence=options.licence or (origin.licence if origin else "unknown"),
             base_model=origin.base_model if origin else options.checkpoint.resolve().name,
         ),
