@@ -57,7 +57,7 @@ def write_soft_labels(
 def ask(teacher: Checkpoint, head: Head, tasks: list[str], temperature: float, quiet: bool = False) -> torch.Tensor:
     """(n, agents + 1) float32 probabilities of a teacher's head, the last for out of scope."""
     vectors = embed(
-        SentenceEncoder(teacher.backbone), teacher.tokenize(tasks, 64), "bfloat16", "" if quiet else "soft labels"
+        SentenceEncoder(teacher.backbone), teacher.tokenize(tasks), "bfloat16", "" if quiet else "soft labels"
     )
     outside = vectors @ head.out_of_scope
     said = torch.cat([scores(head, vectors), outside[:, None]], dim=1)
