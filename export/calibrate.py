@@ -26,15 +26,14 @@ UNCALIBRATED = {
     "hybrid": Calibration(14.0, 0.5, 0.5, None, 0.0),
 }
 _RIDGE = 1e-3
-_CAUGHT = 0.9  # share of out-of-scope tasks to abstain from
-_LOST = (0.005, 0.03)  # share of in-scope tasks that may be lost to that: as a rule, and at most
+_LOST = 0.03  # share of in-scope tasks that abstaining may cost at most
 
 
 def calibrate(signals: Sequence[Signals], rows: Sequence[Labelled], agents: Sequence[str]) -> dict[str, Calibration]:
     """Fit every strategy.
 
-    The threshold abstains from one in two hundred in-scope tasks, or from up to six if fewer do not
-    catch nine in ten of those out of scope.
+    The threshold is where the shares of out-of-scope tasks caught and of in-scope tasks kept add up
+    to most (Youden's index, 1950), with at least 97 % kept; the lowest one where several do.
 
     With a trained head ``hybrid`` is ``embedding`` where keywords bring no accuracy. Keywords of
     agents that nobody trained were chosen by their owner and always count.
@@ -65,10 +64,19 @@ def calibrate(signals: Sequence[Signals], rows: Sequence[Labelled], agents: Sequ
         confidence = np.array([probabilities(signal, fitted).max() for signal in signals])
         threshold = 0.0
         if with_rest and strategy != "keyword":
-            least, most = np.quantile(confidence[inside], _LOST)
-            threshold = float(np.clip(np.quantile(confidence[~inside], _CAUGHT), least, most))
+            threshold = _threshold(confidence[inside], confidence[~inside])
         result[strategy] = replace(fitted, threshold=round(threshold, 4))
     return result
+
+
+def _threshold(inside: NDArray[np.float64], outside: NDArray[np.float64]) -> float:
+    """Of the places between neighbouring confidences the lowest with the highest Youden's index."""
+    known = np.sort(np.concatenate([inside, outside]))
+    places = np.concatenate([[0.0], (known[1:] + known[:-1]) / 2])
+    lost = np.searchsorted(np.sort(inside), places) / len(inside)
+    caught = np.searchsorted(np.sort(outside), places) / len(outside)
+    index = np.where(lost <= _LOST, caught - lost, -1.0)
+    return float(places[int(index.argmax())])
 
 
 def _earned(
