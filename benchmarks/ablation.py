@@ -27,7 +27,7 @@ from export.finetune import Plan, finetune
 from export.heads import scores
 from export.plan import plan_recipe
 from export.recipe import Recipe, load_recipe
-from export.wrapper import SentenceEncoder, embed
+from export.wrapper import embed
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def steps(recipe: Recipe) -> list[Step]:
 
 def vectors_of(checkpoint: Checkpoint, tasks: Sequence[str]) -> torch.Tensor:
     """(n, dim) fp32 vectors."""
-    return embed(SentenceEncoder(checkpoint.backbone), checkpoint.tokenize(list(tasks)))
+    return embed(checkpoint.encoder(), checkpoint.tokenize(list(tasks)))
 
 
 def accuracy(checkpoint: Checkpoint, head: Head, rows: Sequence[Labelled]) -> Proportion:

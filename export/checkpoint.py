@@ -1,19 +1,27 @@
-"""Checkpoints: a Hugging Face or sentence-transformers folder, checked before it is used."""
+"""Checkpoints: a Hugging Face or sentence-transformers folder or a GGUF file, checked before it is used."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel
+from tokenizers import Tokenizer, normalizers
+from torch import nn
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers.modeling_utils import no_init_weights
 
+from export.backbones import ARCHITECTURES, Backbone
 from export.errors import CheckpointError
+from export.gguf import GgufFile, load_network, pooling_of
+from export.gguf_tokenizer import tokenizer_of
+from export.wrapper import POOLING, SentenceEncoder
+
+DECODER_LENGTH = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,68 +48,165 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An encoder as it was trained: backbone, tokenizer, and how tokens become one vector."""
+    """An encoder as it was trained: backbone, tokenizer, and how tokens become one vector.
+
+    Attributes:
+        folder: The folder, or the GGUF file.
+        backbone: The network up to the hidden states.
+        tokenizer: Adds what belongs at the ends of a text; cuts and pads nothing.
+        max_length: Longest text in tokens.
+        head: Trained prototypes, if there are any.
+        pooling: How the tokens' states become one vector; see ``export.wrapper.POOLING``.
+        dense: What the pooled vector goes through, before it is normalised.
+        prompt: Put before every text.
+        language_model: The causal language model whose part the backbone is, if the checkpoint is one.
+    """
 
     folder: Path
-    backbone: BertModel | MPNetModel
+    backbone: Backbone
     tokenizer: Tokenizer
     max_length: int
     head: Head | None
+    pooling: tuple[str, ...] = ("mean",)
+    dense: tuple[nn.Module, ...] = ()
+    prompt: str = ""
+    language_model: Backbone | None = None
 
     @property
     def dim(self) -> int:
         """Number of values of an embedding."""
-        return int(self.backbone.config.hidden_size)
+        return self.encoder().dim
+
+    def encoder(self) -> SentenceEncoder:
+        """The network from token ids to unit vectors; it shares the checkpoint's weights."""
+        return SentenceEncoder(self.backbone, self.pooling, self.dense)
 
     def tokenize(self, texts: list[str], limit: int | None = None) -> list[list[int]]:
-        """Token ids of texts, cut to ``limit`` (None: the checkpoint's maximum length)."""
+        """Token ids of texts, prompt included, cut to ``limit`` (None: the checkpoint's maximum length).
+
+        A text without a token, which tokenizers without special tokens can make, becomes id 0.
+        """
         self.tokenizer.enable_truncation(self.max_length if limit is None else limit)
         try:
-            return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+            rows = self.tokenizer.encode_batch([self.prompt + text for text in texts])
+            return [row.ids or [0] for row in rows]
         finally:
             self.tokenizer.no_truncation()
 
 
-def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Load a BERT or MPNet checkpoint in fp32.
+def load_checkpoint(source: str | Path, *, pooling: str | None = None, max_length: int | None = None) -> Checkpoint:
+    """Load a checkpoint in fp32: a Hugging Face or sentence-transformers folder, or a GGUF file.
 
-    ``modules.json`` (sentence-transformers) is honoured where it exists: mean pooling and
-    normalisation are what this version exports, anything else is refused. A plain Hugging Face
-    folder is pooled by the mean. Only ``model.safetensors`` is read: nothing is unpickled.
+    ``modules.json`` (sentence-transformers) is honoured where it exists. Without it, encoders are
+    pooled by the mean and causal decoders by the last token, unless the file says otherwise. Only
+    safetensors and GGUF are read: nothing is unpickled, and no code of a checkpoint is run.
+
+    Attention takes memory by the square of a text's length, so that causal decoders are limited to
+    ``DECODER_LENGTH`` tokens unless ``max_length`` asks for more.
+
+    Args:
+        source: Folder or file.
+        pooling: One of ``export.wrapper.POOLING``, where the checkpoint states none.
+        max_length: A limit on tokens, at most the checkpoint's.
 
     Raises:
         CheckpointError: A file is missing or broken, weights and config disagree, or the model is
             of a kind that is not supported.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder. Give a Hugging Face or sentence-transformers folder.")
-    config_values = _json(folder / "config.json")
-    kind = config_values.get("model_type")
-    if kind not in ("bert", "mpnet"):
+    source = Path(source)
+    if pooling is not None and pooling not in POOLING:
+        raise CheckpointError(f"unknown pooling {pooling!r}. Use one of: {', '.join(POOLING)}.")
+    if source.is_file():
+        checkpoint = _load_gguf(source, pooling)
+    elif source.is_dir():
+        checkpoint = _load_folder(source, pooling)
+    elif len(source.parts) == 2 and not source.parts[0].startswith((".", "/", "~")):
+        checkpoint = _load_folder(_from_hub(str(source)), pooling)
+    else:
         raise CheckpointError(
-            f"{folder}: model_type {kind!r} is not supported. Use an encoder of type 'bert' or 'mpnet' "
-            "(all-MiniLM-L6-v2 or all-mpnet-base-v2, for example)."
+            f"{source}: no such folder or file. Give a Hugging Face folder, a GGUF file or a hub id (owner/name)."
         )
-    positions = int(config_values.get("max_position_embeddings", 512))
-    # MPNet numbers its positions from 2 on, as RoBERTa does.
-    max_length = _check_modules(folder, positions if kind == "bert" else positions - 2)
-    weights_path = folder / "model.safetensors"
-    if not weights_path.is_file():
-        hint = "convert pytorch_model.bin with transformers' save_pretrained(safe_serialization=True); "
-        hint = hint if (folder / "pytorch_model.bin").exists() else ""
+    size = checkpoint.tokenizer.get_vocab_size()
+    rows = int(checkpoint.backbone.config.vocab_size)
+    if size > rows:
         raise CheckpointError(
-            f"{weights_path}: missing. {hint}pickled weights are never read.".replace(". p", ". P", 1)
+            f"{source}: the tokenizer has {size} tokens, the embedding only {rows}. Use the tokenizer that belongs to "
+            "these weights."
         )
+    if max_length is not None:
+        if not 3 <= max_length <= checkpoint.max_length:
+            raise CheckpointError(
+                f"{source}: a maximum length of {max_length} tokens was asked for; choose from 3 to "
+                f"{checkpoint.max_length}."
+            )
+        checkpoint = replace(checkpoint, max_length=max_length)
+    elif checkpoint.language_model is not None:
+        checkpoint = replace(checkpoint, max_length=min(checkpoint.max_length, DECODER_LENGTH))
+    return checkpoint
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of a hub's snapshot, fetched where it is not cached; pickled weights are not fetched."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"]
     try:
-        weights = {name: value.float() for name, value in load_file(weights_path).items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{weights_path}: not a whole safetensors file ({error}). Copy it again.") from None
-    config = (BertConfig if kind == "bert" else MPNetConfig).from_dict(config_values)
-    # Eager attention takes the additive mask that the wrapper makes, in training and in export.
-    config._attn_implementation = "eager"
-    backbone = (BertModel if kind == "bert" else MPNetModel)(config, add_pooling_layer=False)
-    weights = {name.removeprefix(f"{kind}."): value for name, value in weights.items()}
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["onnx/*", "openvino/*"]))
+    except Exception as error:  # the hub's own errors, and those of each layer of the network below it
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{name}: there is no such folder, and the hub did not give a model of this name "
+            f"({reason[0] if reason else type(error).__name__}). Check the name and the network, or give a folder."
+        ) from None
+
+
+def _load_gguf(path: Path, pooling: str | None) -> Checkpoint:
+    file = GgufFile(path)
+    tokenizer = tokenizer_of(file)
+    network = load_network(file)
+    stated = pooling_of(file)
+    causal = file.architecture in ("llama", "qwen2")
+    if stated is not None and pooling is not None and stated != pooling:
+        raise CheckpointError(f"{path}: states the pooling {stated!r}. Leave --pooling out.")
+    chosen = stated or pooling or ("lasttoken" if causal else "mean")
+    backbone = network.model if causal else network
+    return Checkpoint(
+        path,
+        backbone,
+        tokenizer,
+        int(network.config.max_position_embeddings),
+        None,
+        pooling=(chosen,),
+        language_model=network if causal else None,
+    )
+
+
+def _load_folder(folder: Path, pooling: str | None) -> Checkpoint:
+    modules = _read_modules(folder)
+    if modules.pooling is not None and pooling is not None and modules.pooling != (pooling,):
+        raise CheckpointError(f"{folder}: modules.json states the pooling {modules.pooling}. Leave --pooling out.")
+    inner = folder / modules.transformer
+    config_values = _json(inner / "config.json")
+    kind = str(config_values.get("model_type"))
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{inner}: model_type {kind!r} is not supported, only {', '.join(ARCHITECTURES)}. Use a model of one of "
+            "these."
+        )
+    if "auto_map" in config_values:
+        raise CheckpointError(
+            f"{inner}: needs code of its own (auto_map in config.json), which is never run. Use a model that "
+            "transformers knows."
+        )
+    architecture = ARCHITECTURES[kind]
+    weights_path = inner / "model.safetensors"
+    weights = _weights(inner)
+    config = architecture.config(config_values)
+    if getattr(config, "use_sliding_window", False):
+        raise CheckpointError(f"{inner}: attention within a sliding window is not supported. Use another model.")
+    with no_init_weights():
+        backbone = architecture.make(config)
+    weights = {name.removeprefix(architecture.prefix): value for name, value in weights.items()}
     expected = backbone.state_dict()
     missing = sorted(set(expected) - set(weights))
     wrong = sorted(name for name in set(expected) & set(weights) if expected[name].shape != weights[name].shape)
@@ -110,15 +215,75 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
             f"{weights_path}: does not fit config.json; missing tensors {missing[:3]}, wrong shapes {wrong[:3]}. "
             "Use the config.json that belongs to these weights."
         )
-    backbone.load_state_dict({name: weights[name] for name in expected})
-    backbone.eval()  # type: ignore[no-untyped-call]
-    tokenizer = _tokenizer(folder)
-    if tokenizer.get_vocab_size() > config.vocab_size:
+    unfit = [name for name in expected if not weights[name].isfinite().all()]
+    if unfit:
         raise CheckpointError(
-            f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the embedding only "
-            f"{config.vocab_size}. Use the tokenizer that belongs to these weights."
+            f"{weights_path}: the tensor {unfit[0]!r} holds values that are not finite. Copy it again."
         )
-    return Checkpoint(folder, backbone, tokenizer, max_length, _load_head(folder, int(config.hidden_size)))
+    backbone.load_state_dict({name: weights[name] for name in expected}, assign=True)
+    backbone.eval()
+    language_model = None
+    if architecture.causal:
+        language_model = _language_model(backbone, weights)
+    limit = modules.max_length or _limit(inner, int(config.max_position_embeddings) - architecture.reserved)
+    if not 0 < limit <= int(config.max_position_embeddings) - architecture.reserved:
+        raise CheckpointError(
+            f"{folder}: max_seq_length {limit} exceeds the model's "
+            f"{int(config.max_position_embeddings) - architecture.reserved} positions. Lower it."
+        )
+    tokenizer = _tokenizer(inner if (inner / "tokenizer.json").exists() else folder)
+    if modules.lower_case:
+        lower = normalizers.Lowercase()
+        before = tokenizer.normalizer
+        tokenizer.normalizer = lower if before is None else normalizers.Sequence([lower, before])
+    checkpoint = Checkpoint(
+        folder,
+        backbone,
+        tokenizer,
+        limit,
+        None,
+        pooling=modules.pooling or (pooling or ("lasttoken" if architecture.causal else "mean"),),
+        dense=modules.dense,
+        prompt=modules.prompt,
+        language_model=language_model,
+    )
+    return replace(checkpoint, head=_load_head(folder, checkpoint.dim))
+
+
+def _language_model(backbone: Backbone, weights: dict[str, torch.Tensor]) -> Backbone:
+    """The causal language model around a decoder; its output layer is the embedding's where the two are tied."""
+    config = backbone.config
+    with no_init_weights():
+        network = (LlamaForCausalLM if config.model_type == "llama" else Qwen2ForCausalLM)(config)
+    network.model = backbone
+    embedding = backbone.embed_tokens.weight
+    head = embedding if config.tie_word_embeddings else nn.Parameter(weights.get("lm_head.weight", embedding))
+    network.lm_head.weight = head
+    network.eval()  # type: ignore[no-untyped-call]
+    return network
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors, in fp32, from one file or several."""
+    path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not path.is_file() and index.is_file():
+        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{index}: names no files of this folder. Copy it again.")
+        paths = [folder / name for name in names]
+    else:
+        paths = [path]
+    weights: dict[str, torch.Tensor] = {}
+    for part in paths:
+        if not part.is_file():
+            hint = "convert pytorch_model.bin with transformers' save_pretrained(safe_serialization=True); "
+            hint = hint if (folder / "pytorch_model.bin").exists() else ""
+            raise CheckpointError(f"{part}: missing. {hint}pickled weights are never read.".replace(". p", ". P", 1))
+        try:
+            weights |= {name: value.float() for name, value in load_file(part).items()}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{part}: not a whole safetensors file ({error}). Copy it again.") from None
+    return weights
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, head: Head) -> None:
@@ -179,34 +344,137 @@ def _load_head(folder: Path, dim: int) -> Head | None:
     return Head(agents, prototypes, out_of_scope, linear)
 
 
-def _check_modules(folder: Path, max_positions: int) -> int:
-    """Maximum length in tokens, after checking that modules.json describes mean + normalise."""
-    if (folder / "modules.json").exists():
-        modules = _json(folder / "modules.json")
-        kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
-        if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-            raise CheckpointError(
-                f"{folder}/modules.json: {kinds} is not Transformer, Pooling, Normalize. Not supported."
-            )
-        pooling_path = folder / modules[1]["path"] / "config.json"
-        pooling = _json(pooling_path)
-        modes = [k for k, v in pooling.items() if k.startswith("pooling_mode_") and v is True]
-        # sentence-transformers names the mode since 5.7; before, each mode had a key of its own.
-        modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else modes
-        if modes not in (["pooling_mode_mean_tokens"], ["mean"], [["mean"]]):
-            raise CheckpointError(f"{pooling_path}: pooling {modes} is not supported. Use mean pooling.")
-    limit = None
-    if (folder / "sentence_bert_config.json").exists():
-        limit = _json(folder / "sentence_bert_config.json").get("max_seq_length")
-    if limit is None and (folder / "tokenizer_config.json").exists():
-        # Tokenizers without a limit state an astronomical one.
-        limit = min(_json(folder / "tokenizer_config.json").get("model_max_length") or max_positions, max_positions)
-    limit = max_positions if limit is None else int(limit)
-    if not 0 < limit <= max_positions:
+@dataclass(frozen=True, slots=True)
+class _Modules:
+    """What a sentence-transformers folder says beyond the network; the defaults are those of a plain folder."""
+
+    transformer: str = ""  # sub-folder of the network
+    pooling: tuple[str, ...] | None = None
+    dense: tuple[nn.Module, ...] = ()
+    prompt: str = ""
+    max_length: int | None = None
+    lower_case: bool = False
+
+
+# How pooling modes were named before sentence-transformers 5.7, each with a key of its own.
+_POOLING_KEYS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    kind.__name__: kind for kind in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.Sigmoid, nn.SiLU)
+}
+
+
+def _read_modules(folder: Path) -> _Modules:
+    """Read ``modules.json`` and what it names.
+
+    Raises:
+        CheckpointError: A module that is not known, or in a place where it is not understood.
+    """
+    path = folder / "modules.json"
+    if not path.exists():
+        return _Modules(max_length=_max_seq_length(folder), lower_case=_lower_case(folder))
+    modules = _json(path)
+    if not isinstance(modules, list) or not all(isinstance(m, dict) and "type" in m and "path" in m for m in modules):
+        raise CheckpointError(f"{path}: not a list of modules. Copy it again.")
+    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
+    unknown = sorted(set(kinds) - {"Transformer", "Pooling", "Dense", "Normalize"})
+    if unknown:
+        raise CheckpointError(f"{path}: modules of kind {', '.join(unknown)} are not supported. Use another model.")
+    between = kinds[2:-1] if kinds[-1] == "Normalize" else kinds[2:]
+    if kinds[:2] != ["Transformer", "Pooling"] or set(between) - {"Dense"}:
         raise CheckpointError(
-            f"{folder}: max_seq_length {limit} exceeds the model's {max_positions} positions. Lower it."
+            f"{path}: the order {', '.join(kinds)} is not supported, only Transformer, Pooling, any Dense, "
+            "Normalize. Use another model."
         )
-    return limit
+    inner = _inside(folder, modules[0]["path"])
+    settings = _json(_inside(folder, modules[1]["path"]) / "config.json")
+    prompt = _prompt(folder)
+    if prompt and settings.get("include_prompt", True) is False:
+        raise CheckpointError(f"{path}: pooling without the prompt is not supported. Use another model.")
+    return _Modules(
+        transformer=str(modules[0]["path"]),
+        pooling=_pooling(settings, path),
+        dense=tuple(_dense(_inside(folder, m["path"])) for m, k in zip(modules, kinds, strict=True) if k == "Dense"),
+        prompt=prompt,
+        max_length=_max_seq_length(inner) or _max_seq_length(folder),
+        lower_case=_lower_case(inner),
+    )
+
+
+def _inside(folder: Path, path: object) -> Path:
+    """A sub-folder that modules.json names; never one outside."""
+    result = folder / str(path)
+    if not result.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{folder}/modules.json: {str(path)!r} lies outside of the folder. Copy it again.")
+    return result
+
+
+def _pooling(settings: dict[str, Any], path: Path) -> tuple[str, ...]:
+    stated = settings.get("pooling_mode")
+    if stated is None:
+        modes = [mode for key, mode in _POOLING_KEYS.items() if settings.get(key) is True]
+    else:
+        modes = [stated] if isinstance(stated, str) else list(stated)
+    if not modes or any(mode not in POOLING for mode in modes):
+        raise CheckpointError(
+            f"{path}: pooling {modes} is not supported, only {', '.join(POOLING)}. Use another model."
+        )
+    return tuple(modes)
+
+
+def _dense(folder: Path) -> nn.Module:
+    """A linear layer and its activation."""
+    settings = _json(folder / "config.json")
+    name = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
+    if name not in _ACTIVATIONS:
+        raise CheckpointError(f"{folder}: activation {name!r} is not supported, only {', '.join(_ACTIVATIONS)}.")
+    if settings.get("module_input_name", "sentence_embedding") != "sentence_embedding":
+        raise CheckpointError(f"{folder}: a dense layer on single tokens is not supported. Use another model.")
+    weights = {key.removeprefix("linear."): value for key, value in _weights(folder).items()}
+    try:
+        layer = nn.Linear(int(settings["in_features"]), int(settings["out_features"]), bool(settings.get("bias", True)))
+        layer.load_state_dict(weights)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: weights do not fit config.json ({error}). Copy it again.") from None
+    return nn.Sequential(layer, _ACTIVATIONS[name]()).eval()
+
+
+def _prompt(folder: Path) -> str:
+    """The prompt that sentence-transformers puts before texts unless told otherwise."""
+    path = folder / "config_sentence_transformers.json"
+    settings = _json(path) if path.exists() else {}
+    name = settings.get("default_prompt_name")
+    if name is None:
+        return ""
+    prompt = (settings.get("prompts") or {}).get(name)
+    if not isinstance(prompt, str):
+        raise CheckpointError(f"{path}: the default prompt {name!r} is not among the prompts. Copy it again.")
+    return prompt
+
+
+def _max_seq_length(folder: Path) -> int | None:
+    path = folder / "sentence_bert_config.json"
+    value = _json(path).get("max_seq_length") if path.exists() else None
+    return None if value is None else int(value)
+
+
+def _lower_case(folder: Path) -> bool:
+    path = folder / "sentence_bert_config.json"
+    return bool(_json(path).get("do_lower_case", False)) if path.exists() else False
+
+
+def _limit(folder: Path, positions: int) -> int:
+    """Longest text where nothing but the tokenizer's own settings say so."""
+    path = folder / "tokenizer_config.json"
+    stated = _json(path).get("model_max_length") if path.exists() else None
+    # Tokenizers without a limit state an astronomical one.
+    return min(stated or positions, positions)
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

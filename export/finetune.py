@@ -80,7 +80,7 @@ class Plan:
         for part in (asdict(self.settings), [*map(asdict, self.extra)], [*map(asdict, self.judged)]):
             digest.update(json.dumps(part, sort_keys=True).encode())
         for checkpoint in (self.start, self.reference):
-            digest.update(checkpoint.backbone.embeddings.word_embeddings.weight.detach().numpy().tobytes())
+            digest.update(checkpoint.backbone.get_input_embeddings().weight.detach().numpy().tobytes())
         for task, probabilities in sorted(self.soft.items()):
             digest.update(task.encode() + probabilities.numpy().tobytes())
         return digest.hexdigest()
@@ -246,7 +246,7 @@ def finetune(plan: Plan, out: Path, *, restart: bool = False, quiet: bool = Fals
     examples = [*plan.dataset.train, *plan.extra]
     rows = _rows(plan, examples, quiet)
     judged = _judged(plan)
-    network = _Network(SentenceEncoder(plan.start.backbone), _initial_prototypes(plan, rows))
+    network = _Network(plan.start.encoder(), _initial_prototypes(plan, rows))
     drawn = rows.authored + int(settings.extra_share * (len(examples) - rows.authored))
     run = _Run(plan, network, settings.epochs * math.ceil(drawn / settings.batch_size))
     run.resume(resuming)
@@ -359,7 +359,7 @@ def _rows(plan: Plan, examples: list[Example], quiet: bool) -> _Rows:
     reference = torch.empty(len(texts), 0)
     if {"retention", "imitation"} & _weights(settings).keys():
         reference = embed(
-            SentenceEncoder(plan.reference.backbone),
+            plan.reference.encoder(),
             plan.reference.tokenize(texts, settings.max_tokens),
             settings.precision,
             "" if quiet else "reference vectors",
@@ -407,7 +407,7 @@ def _initial_prototypes(plan: Plan, rows: _Rows) -> torch.Tensor:
     if head is not None and list(head.agents) == names:
         return torch.cat([nn.functional.normalize(head.prototypes.mean(1), dim=1), head.out_of_scope[None]])
     settings = plan.settings
-    model = SentenceEncoder(plan.start.backbone)
+    model = plan.start.encoder()
     descriptions = plan.start.tokenize([a.description or a.name for a in plan.agents], settings.max_tokens)
     described = embed(model, descriptions, settings.precision)
     vectors = embed(model, rows.ids[: rows.authored], settings.precision)

@@ -18,7 +18,7 @@ from export.checkpoint import Checkpoint, Head
 from export.dataset import normalise
 from export.errors import CheckpointError, RecipeError
 from export.heads import scores
-from export.wrapper import SentenceEncoder, embed
+from export.wrapper import embed
 
 _STEPS = 255  # a probability is kept as so many parts of one
 
@@ -56,9 +56,7 @@ def write_soft_labels(
 
 def ask(teacher: Checkpoint, head: Head, tasks: list[str], temperature: float, quiet: bool = False) -> torch.Tensor:
     """(n, agents + 1) float32 probabilities of a teacher's head, the last for out of scope."""
-    vectors = embed(
-        SentenceEncoder(teacher.backbone), teacher.tokenize(tasks), "bfloat16", "" if quiet else "soft labels"
-    )
+    vectors = embed(teacher.encoder(), teacher.tokenize(tasks), "bfloat16", "" if quiet else "soft labels")
     outside = vectors @ head.out_of_scope
     said = torch.cat([scores(head, vectors), outside[:, None]], dim=1)
     return (said / temperature).softmax(1)

@@ -1,27 +1,38 @@
-"""One network from token ids to unit vectors: backbone, masked mean pooling, L2 normalisation."""
+"""One network from token ids to unit vectors: backbone, pooling, dense layers, L2 normalisation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import BertModel, MPNetModel
+
+from export.backbones import Backbone, hidden_states
 
 
 class SentenceEncoder(nn.Module):
-    """Backbone with pooling and normalisation inside.
+    """Backbone with everything up to the unit vector inside."""
 
-    The additive attention mask is made here as a 4-D tensor and handed to the encoder's layers
-    directly: Hugging Face's own mask helpers trace into graphs that neither ONNX Runtime's fusions
-    nor coremltools understand.
-    """
+    def __init__(self, backbone: Backbone, pooling: Sequence[str] = ("mean",), dense: Sequence[nn.Module] = ()) -> None:
+        """Put the parts together.
 
-    def __init__(self, backbone: BertModel | MPNetModel) -> None:
+        Args:
+            backbone: Of an architecture that :mod:`export.backbones` knows.
+            pooling: One or more of ``POOLING``; several are put one after another.
+            dense: What the pooled vector goes through before it is normalised.
+        """
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Backbone = backbone
+        self.pooling = tuple(pooling)
+        self.dense = nn.Sequential(*dense)
+
+    @property
+    def dim(self) -> int:
+        """Number of values of a vector."""
+        linear = [layer for layer in self.dense.modules() if isinstance(layer, nn.Linear)]
+        return linear[-1].out_features if linear else int(self.backbone.config.hidden_size) * len(self.pooling)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Embed a padded batch.
@@ -33,18 +44,60 @@ class SentenceEncoder(nn.Module):
         Returns:
             (batch, dim) float32, rows of unit length.
         """
-        weights = attention_mask.to(torch.float32)
-        additive = (1.0 - weights[:, None, None, :]) * -10000.0
-        if isinstance(self.backbone, MPNetModel):
-            embedded = self.backbone.embeddings(input_ids=input_ids)
-            no_head_mask = [None] * self.backbone.config.num_hidden_layers
-            hidden = self.backbone.encoder(embedded, attention_mask=additive, head_mask=no_head_mask)[0]
-        else:
-            embedded = self.backbone.embeddings(input_ids=input_ids, token_type_ids=torch.zeros_like(input_ids))
-            hidden = self.backbone.encoder(embedded, attention_mask=additive)[0]
+        return self.pool(hidden_states(self.backbone, input_ids, attention_mask), attention_mask)
+
+    def pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(batch, dim) unit vectors of (batch, tokens, hidden) states."""
         hidden = hidden.float()  # under autocast the layers hand over bfloat16
-        pooled = (hidden * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True).clamp(min=1e-9)
-        return nn.functional.normalize(pooled, dim=1)
+        pooled = [POOLING[mode](hidden, attention_mask) for mode in self.pooling]
+        vectors = self.dense(torch.cat(pooled, dim=1) if len(pooled) > 1 else pooled[0])
+        return nn.functional.normalize(vectors, dim=1)
+
+
+def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    weights = mask.to(torch.float32)
+    return (hidden * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True).clamp(min=1e-9)
+
+
+def _mean_sqrt_len(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    weights = mask.to(torch.float32)
+    return (hidden * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True).clamp(min=1e-9).sqrt()
+
+
+def _weighted_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Weights rise from token to token: 1, 2, 3 ..."""
+    weights = (mask.cumsum(1) * mask).to(torch.float32)
+    return (hidden * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True).clamp(min=1e-9)
+
+
+def _max(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (hidden + (mask.unsqueeze(-1).to(torch.float32) - 1.0) * 1e9).max(1).values
+
+
+def _cls(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The first token's state, wherever the padding is."""
+    return _at(hidden, mask.argmax(1))
+
+
+def _last(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The last token's state, wherever the padding is: the first place where all tokens are counted."""
+    return _at(hidden, mask.cumsum(1).argmax(1))
+
+
+def _at(hidden: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    index = place[:, None, None].expand(-1, 1, hidden.shape[2])
+    return hidden.gather(1, index).squeeze(1)
+
+
+# By the names of sentence-transformers.
+POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "cls": _cls,
+    "max": _max,
+    "mean": _mean,
+    "mean_sqrt_len_tokens": _mean_sqrt_len,
+    "weightedmean": _weighted_mean,
+    "lasttoken": _last,
+}
 
 
 def forward(model: SentenceEncoder, ids: Sequence[list[int]], precision: str = "float32") -> torch.Tensor:
@@ -69,7 +122,7 @@ def embed(
     """
     model.eval()
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of like lengths need little padding
-    result = torch.empty(len(ids), model.backbone.config.hidden_size)
+    result = torch.empty(len(ids), model.dim)
     for start in tqdm(range(0, len(order), 128), desc=progress, disable=not progress, unit="batch"):
         part = order[start : start + 128]
         result[part] = forward(model, [ids[i] for i in part], precision)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from export.checkpoint import Checkpoint, Head, load_checkpoint, save_checkpoint
 from export.errors import CheckpointError
-from export.wrapper import SentenceEncoder
+from export.wrapper import embed
 from tests.export.conftest import MINILM
 
 
@@ -37,7 +37,7 @@ def test_equals_sentence_transformers_pipeline(minilm: Checkpoint) -> None:
         hidden = reference(input_ids=ids, attention_mask=mask).last_hidden_state
         weights = mask.unsqueeze(-1).float()
         expected = torch.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=1)
-        vectors = SentenceEncoder(minilm.backbone)(ids, mask)
+        vectors = minilm.encoder()(ids, mask)
     assert float((vectors * expected).sum(1).min()) > 0.9999999
     assert minilm.max_length == 256
     assert minilm.head is None
@@ -53,8 +53,8 @@ def test_saving_in_half_precision_keeps_the_vectors(minilm: Checkpoint, tmp_path
     assert torch.equal(again.head.prototypes, head.prototypes)
     ids = torch.tensor([minilm.tokenizer.encode("Fix the null pointer in the login handler").ids])
     with torch.no_grad():
-        a = SentenceEncoder(minilm.backbone)(ids, torch.ones_like(ids))
-        b = SentenceEncoder(again.backbone)(ids, torch.ones_like(ids))
+        a = minilm.encoder()(ids, torch.ones_like(ids))
+        b = again.encoder()(ids, torch.ones_like(ids))
     assert float((a * b).sum()) > 0.99999
 
 
@@ -107,11 +107,9 @@ def test_weights_that_do_not_fit_the_config_are_refused(copy: Path) -> None:
     [
         ("config.json", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ("config.json", {"vocab_size": 30000}, "wrong shapes"),
-        (
-            "1_Pooling/config.json",
-            {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True},
-            "Use mean pooling",
-        ),
+        ("config.json", {"auto_map": {"AutoModel": "code.Model"}}, "needs code of its own"),
+        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, r"pooling \[\] is not supported"),
+        ("1_Pooling/config.json", {"pooling_mode": "median"}, r"pooling \['median'\] is not supported"),
         ("sentence_bert_config.json", {"max_seq_length": 1024}, "exceeds the model's 512"),
     ],
 )
@@ -123,11 +121,12 @@ def test_what_is_not_supported_is_refused(copy: Path, file: str, values: dict[st
 
 def test_an_unknown_module_is_refused(copy: Path) -> None:
     modules = json.loads((copy / "modules.json").read_text())
-    modules.insert(2, {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
-    (copy / "modules.json").unlink()
-    (copy / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(CheckpointError, match=r"Dense.*Not supported"):
-        load_checkpoint(copy)
+    for kind, words in (("WordWeights", "modules of kind WordWeights are not supported"), ("Pooling", "the order")):
+        more = {"idx": 2, "name": "2", "path": "2_More", "type": f"sentence_transformers.models.{kind}"}
+        (copy / "modules.json").unlink()
+        (copy / "modules.json").write_text(json.dumps([*modules[:2], more, *modules[2:]]))
+        with pytest.raises(CheckpointError, match=words):
+            load_checkpoint(copy)
 
 
 def test_a_tokenizer_of_another_model_is_refused(copy: Path) -> None:
@@ -153,5 +152,29 @@ def test_a_folder_as_sentence_transformers_5_7_saves_it(copy: Path) -> None:
         (copy / file).write_text(json.dumps(values))
     assert load_checkpoint(copy).max_length == 256
     change(copy / "1_Pooling" / "config.json", pooling_mode="cls")
-    with pytest.raises(CheckpointError, match="Use mean pooling"):
-        load_checkpoint(copy)
+    assert load_checkpoint(copy).pooling == ("cls",)
+    with pytest.raises(CheckpointError, match="Leave --pooling out"):
+        load_checkpoint(copy, pooling="mean")
+
+
+@pytest.mark.parametrize("pooling", ["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "two"])
+def test_equals_sentence_transformers(tmp_path: Path, pooling: str) -> None:
+    """Every pooling mode, a dense layer, a default prompt and a maximum length, against the library itself."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+
+    modes = ("mean", "cls") if pooling == "two" else pooling
+    encoder = Transformer(str(MINILM), max_seq_length=24)
+    pool = Pooling(384, pooling_mode=modes)
+    torch.manual_seed(1)
+    dense = Dense(384 * (2 if pooling == "two" else 1), 64, activation_function=torch.nn.Tanh())
+    model = SentenceTransformer(
+        modules=[encoder, pool, dense, Normalize()], prompts={"query": "search: "}, device="cpu"
+    )
+    model.default_prompt_name = "query"
+    model.save(str(tmp_path / "saved"))
+    checkpoint = load_checkpoint(tmp_path / "saved")
+    assert (checkpoint.max_length, checkpoint.dim, checkpoint.prompt) == (24, 64, "search: ")
+    texts = ["Fix the login", "word " * 60, "Ünïcode, \u4f60\u597d!"]
+    vectors = embed(checkpoint.encoder(), checkpoint.tokenize(texts)).numpy()
+    assert float((vectors * model.encode(texts)).sum(1).min()) > 0.999999

@@ -18,7 +18,6 @@ from export.soft_labels import read_soft_labels, write_soft_labels
 from export.student import shrink
 from export.unpack import unpack_bundle
 from export.variations import variations
-from export.wrapper import SentenceEncoder
 from tests.conftest import MINI
 
 TASKS = ["Fix the crash in the parser", "write a guide for new hires", "speed up the nightly import of orders"]
@@ -29,7 +28,7 @@ NAMES = [agent.name for agent in AGENTS]
 def embed(checkpoint: Checkpoint, text: str) -> torch.Tensor:
     ids = torch.tensor(checkpoint.tokenize([text]))
     with torch.no_grad():
-        vector: torch.Tensor = SentenceEncoder(checkpoint.backbone).eval()(ids, torch.ones_like(ids))[0]
+        vector: torch.Tensor = checkpoint.encoder().eval()(ids, torch.ones_like(ids))[0]
     return vector
 
 
