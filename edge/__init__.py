@@ -23,7 +23,7 @@ from edge.errors import (
 )
 from edge.router import STRATEGIES, Decision, Ranked, Router
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "STRATEGIES",

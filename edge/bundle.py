@@ -26,7 +26,7 @@ FORMAT = 1
 MANIFEST = "bundle.json"
 MANIFEST_DIGEST = "bundle.json.sha256"
 _MANIFEST_LIMIT = 16 * 1024 * 1024  # bytes; read before its hash is known
-_POOLING = ("cls", "mean", "last")
+_POOLING = {"cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "last"}
 _COPY_AGAIN = "Copy the bundle again from where it came from, or export it again."
 
 
@@ -89,6 +89,31 @@ class Variant:
     def bytes(self) -> int:
         """Size of graph and weights."""
         return self.model.bytes + (self.weights.bytes if self.weights else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Generator:
+    """A graph that generates text, token by token, with a key/value cache.
+
+    Attributes:
+        id: Name within the bundle, such as ``fp32``.
+        model: The graph.
+        weights: Its weights as ONNX external data.
+        precision: How weights and activations are held.
+        layers: Number of layers, each with a key and a value in the cache.
+        kv_heads: Heads of a key or value.
+        head_dim: Values of a head.
+        end_ids: Token ids that end a text.
+    """
+
+    id: str
+    model: File
+    weights: File
+    precision: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    end_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +201,15 @@ class Bundle:
             raise ManifestError(f"{where}: lists no variants. {_COPY_AGAIN}")
         if len({variant.id for variant in self.variants}) < len(self.variants):
             raise ManifestError(f"{where}: two variants have the same id. {_COPY_AGAIN}")
-        if self.encoder.pooling not in _POOLING or not self.encoder.normalised:
-            raise ManifestError(f"{where}: the encoder must pool by one of {_POOLING} and normalise. {_COPY_AGAIN}")
+        if not set(self.encoder.pooling.split("+")) <= _POOLING or not self.encoder.normalised:
+            known = ", ".join(sorted(_POOLING))
+            raise ManifestError(f"{where}: the encoder must pool by {known} and normalise. {_COPY_AGAIN}")
         self.default_variant = manifest.string("default_variant")
         self.variant(self.default_variant)
+        generators = manifest.tables("generators") if "generators" in manifest.values else []
+        self.generators = tuple(_generator(table) for table in generators)
+        documents = manifest.tables("documents") if "documents" in manifest.values else []
+        self.documents = tuple(_file(table) for table in documents)  # for people; nothing here reads them
         self.files = {key: _file(manifest.table(key)) for key in ("tokenizer", "agents", "goldens")}
         content = {key: self.read(file) for key, file in self.files.items()}
         self.id = hashlib.sha256(raw).hexdigest()
@@ -460,6 +490,22 @@ def _variant(table: _Table) -> Variant:
         },
         calibrated_on=table.string("calibrated_on") if table.values.get("calibrated_on") is not None else None,
         parity={key: table.table("parity").number(key) for key in table.table("parity").values},
+    )
+
+
+def _generator(table: _Table) -> Generator:
+    end_ids = table.items("end_ids")
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in end_ids):
+        raise ManifestError(f"{table.where}: 'end_ids' must be integers. {_COPY_AGAIN}")
+    return Generator(
+        id=table.string("id"),
+        model=_file(table.table("model")),
+        weights=_file(table.table("weights")),
+        precision=table.string("precision"),
+        layers=table.integer("layers", 1),
+        kv_heads=table.integer("kv_heads", 1),
+        head_dim=table.integer("head_dim", 1),
+        end_ids=tuple(end_ids),
     )
 
 

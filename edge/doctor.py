@@ -37,6 +37,11 @@ def examine(path: str | Path | None = None) -> Iterator[Check]:
     yield Check(
         "files", True, f"{bundle.name} {bundle.version}: manifest, tokenizer, agents and goldens match their sha256"
     )
+    for file in (*bundle.documents, *(f for g in bundle.generators for f in (g.model, g.weights))):
+        try:
+            bundle.locate(file)
+        except EdgeError as error:
+            yield Check(f"file {file.file}", False, str(error))
     for variant in bundle.variants:
         if variant.runtime == "onnx":
             yield from _examine_variant(bundle, variant)

@@ -48,7 +48,8 @@ class Encoder:
         self._tokenizer = _load_tokenizer(bundle) if tokenizer is None else tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self.max_length)
-        self._special = self._tokenizer.num_special_tokens_to_add(False)
+        # What an empty text has: special tokens, and those of the prompt.
+        self._special = len(self._tokenizer.encode(self._prompt).ids)
 
     @classmethod
     def load(
@@ -90,7 +91,8 @@ class Encoder:
         except Exception as error:  # tokenizers raises bare Exception
             raise BackendError(f"the tokenizer cannot encode a text ({error}). Run: ruvltra doctor") from None
         ids: list[int] = encoding.ids
-        return Tokens(tuple(ids), bool(encoding.overflowing), len(ids) <= self._special)
+        # Without special tokens an empty text has no token, and no graph runs on none.
+        return Tokens(tuple(ids) or (0,), bool(encoding.overflowing), len(ids) <= self._special)
 
     def encode_tokens(self, tokens: Tokens) -> NDArray[np.float32]:
         """(dim,) float32 unit vector of one tokenised text."""

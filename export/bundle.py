@@ -1,4 +1,4 @@
-"""Writes bundles: export, prove, calibrate, and only then put the folder in its place."""
+"""Writes bundles: export, prove stage by stage, calibrate, and only then put the folder in its place."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
-from transformers import BertModel
 
 from edge.agents import Agent
 from edge.bundle import FORMAT, MANIFEST, MANIFEST_DIGEST, Bundle, Calibration, manifest_digest
@@ -26,20 +26,32 @@ from edge.errors import InputError
 from edge.evaluate import OUT_OF_SCOPE, Labelled
 from edge.router import Router
 from export.calibrate import UNCALIBRATED, calibrate
-from export.checkpoint import Checkpoint, Head, load_checkpoint
+from export.checkpoint import Checkpoint, Head
 from export.errors import CheckpointError, ParityError
-from export.onnx import export_fp32, quantise_int8, weights_path
-from export.parity import MINIMUM_COSINE, Reference, Report, Run, parity_texts
-from export.wrapper import SentenceEncoder
+from export.generator import export_generator
+from export.onnx import export_fp32, weights_path
+from export.parity import (
+    NETWORK,
+    NETWORK_BOUND,
+    Inputs,
+    Reference,
+    Report,
+    parity_texts,
+    run_graph,
+    run_network,
+    run_original,
+    table,
+)
+from export.search import Measured, measure, pareto, write_card
+from export.variants import VARIANTS
 
-VARIANTS = ("fp32", "int8")
-_PRECISION = {
-    "fp32": "float32 weights and activations",
-    "int8": "int8 weights per channel, uint8 activations scaled per tensor at run time, int8 embedding rows",
-}
+AUTO = "auto"
+MAXIMUM_DROP = 0.005  # share of labelled tasks that a variant may lose against fp32
+REPORT = "parity.json"
 _GOLDENS = 20
-_MOST_KEPT = 3  # down-projections left in fp32 at most; further ones bring little for their bytes
-_TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
+_TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy", "gguf")
+# Names of sentence-transformers, and those of the bundle format where they differ.
+_POOLING = {"mean_sqrt_len_tokens": "mean_sqrt_len", "weightedmean": "weighted_mean", "lasttoken": "last"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +64,31 @@ class Identity:
     base_model: str
 
 
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """Bounds in place of the table's.
+
+    Attributes:
+        minimum_cosine: By variant.
+        maximum_drop: Share of labelled tasks that a variant may lose against fp32, beyond chance.
+    """
+
+    minimum_cosine: Mapping[str, float]
+    maximum_drop: float = MAXIMUM_DROP
+
+
 def build_bundle(
-    checkpoint_folder: Path,
+    checkpoint: Checkpoint,
     out: Path,
     *,
     identity: Identity,
     agents: Sequence[Agent],
-    variants: Sequence[str] = VARIANTS,
+    variants: Sequence[str] = ("fp32", "int8"),
+    generate: bool = False,
     labelled: Sequence[Labelled] = (),
     labelled_name: str | None = None,
     like: Bundle | None = None,
-    minimum_cosine: dict[str, float] | None = None,
+    gates: Gates | None = None,
     replace: bool = False,
     quiet: bool = False,
 ) -> list[Report]:
@@ -73,103 +99,101 @@ def build_bundle(
     replaced, it is moved aside first.
 
     Args:
-        checkpoint_folder: Hugging Face or sentence-transformers folder.
+        checkpoint: What to export.
         out: Where the bundle shall be.
         identity: Name, version, licence and base model for the manifest.
         agents: The agents to route to. If the checkpoint has a trained head, the same ones.
-        variants: Which graphs to ship, of ``fp32`` and ``int8``; the last one is the default.
-        labelled: Tasks to calibrate on; without any, confidences are marked as uncalibrated.
+        variants: Which graphs to ship, of ``VARIANTS``; the last one is the default. ``auto`` alone
+            measures all of them on this machine, ships those that no other beats in size, time and
+            cosine, and makes the quickest the default.
+        generate: Ship a generating graph as well; the checkpoint must be a causal language model.
+        labelled: Tasks to calibrate on and to judge variants by; without any, confidences are
+            marked as uncalibrated.
         labelled_name: What the manifest calls them.
         like: Where there are none, takes over the calibration of this bundle, from which the
             checkpoint was adapted.
-        minimum_cosine: Bounds by variant, in place of ``MINIMUM_COSINE``.
+        gates: Other bounds than the table's.
         replace: Replace an existing ``out``.
         quiet: No progress on standard error.
 
     Returns:
-        A parity report for each graph.
+        A report for each stage.
 
     Raises:
-        ParityError: A graph misses its bound. Nothing was written.
-        CheckpointError: The checkpoint cannot be used, or its head is of other agents.
+        ParityError: A stage misses its bound. No bundle was written, but a report beside ``out``.
+        CheckpointError: The checkpoint's head is of other agents, or it cannot generate.
         InputError: ``out`` exists, or an unknown variant was asked for.
     """
-    for variant in variants:
-        if variant not in VARIANTS:
-            raise InputError(f"unknown variant {variant!r}. Choose from: {', '.join(VARIANTS)}.")
-    bounds = MINIMUM_COSINE | (minimum_cosine or {})
-    for variant in bounds:
-        if variant not in VARIANTS:
-            raise InputError(f"a bound is given for {variant!r}, which is no variant. Use: {', '.join(VARIANTS)}.")
-    if labelled and all(row.agent == OUT_OF_SCOPE for row in labelled):
-        raise InputError("all labelled tasks are out of scope. Add tasks of the agents to calibrate on.")
-    if not variants:
-        raise InputError("no variants asked for. Give at least one.")
-    if out.exists() and not replace:
-        raise InputError(f"{out}: exists already. Choose another folder, or give --force to replace a bundle.")
-    if out.exists() and not (out / MANIFEST).exists():
-        raise InputError(f"{out}: exists and is no bundle, so it is not replaced. Choose another folder.")
-    steps = tqdm(total=3 + 3 * len(variants), disable=quiet, unit="step")
-    steps.set_description("load checkpoint")
-    checkpoint = load_checkpoint(checkpoint_folder)
-    names = tuple(agent.name for agent in agents)
-    if checkpoint.head is not None and checkpoint.head.agents != names:
-        raise CheckpointError(
-            f"{checkpoint_folder}: the head was trained for {', '.join(checkpoint.head.agents)}; the agents given are "
-            f"{', '.join(names)}. Give the agents file of its recipe or the bundle that it was adapted from, or "
-            "delete head.safetensors to route by descriptions."
-        )
-    if like is not None and not labelled and _kind(checkpoint.head) != _kind(like.head):
-        raise InputError(
-            f"{like.path}: its confidence is calibrated for another kind of head than the checkpoint has. Calibrate "
-            "anew with --eval."
-        )
-    if not isinstance(checkpoint.backbone, BertModel):
-        raise CheckpointError(f"{checkpoint_folder}: only BERT encoders can be exported. Distil it into one.")
-    model = SentenceEncoder(checkpoint.backbone).eval()
+    gates = gates or Gates({})
+    search = tuple(variants) == (AUTO,)
+    wanted = tuple(VARIANTS) if search else tuple(variants)
+    _check(checkpoint, out, agents, wanted, generate, labelled, like, gates, replace)
+    steps = tqdm(total=4 + 2 * len({"fp32", *wanted}) + generate, disable=quiet, unit="step")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
+
+    def step(description: str) -> None:
         steps.update()
+        steps.set_description(description)
+
+    try:
         steps.set_description("export fp32")
         fp32 = work / "model.fp32.onnx"
-        export_fp32(model, fp32)
-        steps.update()
-        steps.set_description("run torch")
-        reference = Reference(checkpoint, model)
+        export_fp32(checkpoint.encoder().eval(), fp32)
+        step("parity network")
+        inputs = Inputs.of_checkpoint(checkpoint)
         reports = []
-        for variant in ("fp32", *(v for v in variants if v != "fp32")):
-            path = work / f"model.{variant}.onnx"
-            steps.set_description(f"parity {variant}")
-            if variant == "fp32":
-                reports.append(reference.compare(_runner(path), variant, bounds[variant]))
-            else:
-                reports.append(_quantise(reference, fp32, path, bounds[variant]))
-            if variant in variants:
-                steps.update(2)
-        failed = [report for report in reports if report.failures]
-        if failed:
-            raise ParityError(
-                f"{', '.join(r.variant for r in failed)}: too far from the original. Nothing was written; see the "
-                "report.",
-                "\n".join(report.table() for report in reports),
-            )
-        if "fp32" not in variants:
-            fp32.unlink()
-            weights_path(fp32).unlink()
-        steps.set_description("goldens and calibration")
-        _write_parts(work, checkpoint, model, agents)
-        manifest = _manifest(work, checkpoint, identity, variants, reports, bounds)
+        original = run_original(checkpoint)
+        if original is not None:
+            reference = Reference(inputs, "checkpoint", original)
+            reports.append(reference.compare(run_network(checkpoint), NETWORK, NETWORK_BOUND, NETWORK_BOUND))
+        step("parity fp32")
+        reference = Reference(inputs, NETWORK, run_network(checkpoint))
+        reports.append(_with_size(reference.compare(run_graph(fp32), "fp32", *_bounds("fp32", gates)), fp32))
+        _refuse(reports, out)
+        reference = Reference(inputs, "fp32", run_graph(fp32))
+        rows = [batch[0][0].tolist() for batch in inputs.tasks]
+        for name in wanted:
+            if name != "fp32":
+                step(f"parity {name}")
+                reports.append(_variant(reference, name, fp32, work, rows, gates))
+        if not search:
+            _refuse(reports, out)
+        passed = [r.stage for r in reports if r.stage in VARIANTS and not r.failures]
+        generators = []
+        if generate:
+            step("export generator")
+            generators.append(export_generator(checkpoint, work))
+        step("goldens and calibration")
+        _write_parts(work, checkpoint, agents)
+        manifest = _manifest(work, checkpoint, identity, passed, reports, gates, generators)
         _write_manifest(work, manifest)
+        hits: dict[str, NDArray[np.bool_]] = {}
         for entry in manifest["variants"]:
+            step(f"calibrate {entry['id']}")
             if labelled:
-                _calibrate(work, entry, names, labelled)
+                hits[entry["id"]] = _calibrate(work, entry, agents, labelled)
                 entry["calibrated_on"] = (
                     f"{labelled_name}, {len(labelled)} tasks" if labelled_name else str(len(labelled))
                 )
             elif like is not None:
                 _take_over(entry, like)
-            steps.update()
+        if labelled:
+            reports = [_judged(report, hits, gates.maximum_drop) for report in reports]
+            if not search:
+                _refuse(reports, out)
+        passed = [r.stage for r in reports if r.stage in VARIANTS and not r.failures]
+        measured: list[Measured] = []
+        if search:
+            step("measure")
+            measured = measure(work, passed, reports, rows)
+            wanted = pareto(measured)
+        _keep(work, manifest, wanted, reports)
+        _write_json(work / REPORT, {"stages": [asdict(report) for report in reports]})
+        documents = [REPORT]
+        if search:
+            documents += write_card(work, identity.name, measured, wanted, reports)
+        manifest["documents"] = [_listed(work, name) for name in documents]
         _write_manifest(work, manifest)
         steps.set_description("verify")
         for check in examine(work):
@@ -180,6 +204,7 @@ def build_bundle(
         for path in (work, *work.iterdir()):  # temporary files are private; a bundle is not
             path.chmod(0o755 if path.is_dir() else 0o644)
         _put_in_place(work, out)
+        _failure_report(out).unlink(missing_ok=True)
         steps.update()
     finally:
         steps.close()
@@ -187,27 +212,122 @@ def build_bundle(
     return reports
 
 
-def _quantise(reference: Reference, fp32: Path, path: Path, bound: float) -> Report:
-    """Make the smallest int8 graph that meets the bound, or the most precise one if none does."""
-    for keep in range(_MOST_KEPT + 1):
-        quantise_int8(fp32, path, keep)
-        report = reference.compare(_runner(path), "int8", bound)
+def _check(
+    checkpoint: Checkpoint,
+    out: Path,
+    agents: Sequence[Agent],
+    variants: Sequence[str],
+    generate: bool,
+    labelled: Sequence[Labelled],
+    like: Bundle | None,
+    gates: Gates,
+    replace: bool,
+) -> None:
+    """Refuse what cannot be done before anything takes time."""
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise InputError(f"unknown variant {variant!r}. Choose from: {', '.join(VARIANTS)}, or {AUTO} alone.")
+    for variant in gates.minimum_cosine:
+        if variant not in VARIANTS:
+            raise InputError(f"a bound is given for {variant!r}, which is no variant. Use: {', '.join(VARIANTS)}.")
+    if labelled and all(row.agent == OUT_OF_SCOPE for row in labelled):
+        raise InputError("all labelled tasks are out of scope. Add tasks of the agents to calibrate on.")
+    if not variants:
+        raise InputError("no variants asked for. Give at least one.")
+    if out.exists() and not replace:
+        raise InputError(f"{out}: exists already. Choose another folder, or give --force to replace a bundle.")
+    if out.exists() and not (out / MANIFEST).exists():
+        raise InputError(f"{out}: exists and is no bundle, so it is not replaced. Choose another folder.")
+    names = tuple(agent.name for agent in agents)
+    if checkpoint.head is not None and checkpoint.head.agents != names:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the head was trained for {', '.join(checkpoint.head.agents)}; the agents given are "
+            f"{', '.join(names)}. Give the agents file of its recipe or the bundle that it was adapted from, or "
+            "delete head.safetensors to route by descriptions."
+        )
+    if like is not None and not labelled and _kind(checkpoint.head) != _kind(like.head):
+        raise InputError(
+            f"{like.path}: its confidence is calibrated for another kind of head than the checkpoint has. Calibrate "
+            "anew with --eval."
+        )
+    if generate and checkpoint.language_model is None:
+        raise CheckpointError(
+            f"{checkpoint.folder}: is no causal language model, so it cannot generate. Leave --task generate out."
+        )
+
+
+def _bounds(variant: str, gates: Gates) -> tuple[float, float]:
+    """Lowest cosine on tasks, and elsewhere; a bound that is lowered lowers the other one with it."""
+    known = VARIANTS[variant]
+    lowest = gates.minimum_cosine.get(variant, known.minimum_cosine)
+    return lowest, min(known.elsewhere, lowest)
+
+
+def _variant(reference: Reference, name: str, fp32: Path, work: Path, rows: list[list[int]], gates: Gates) -> Report:
+    """Make a variant as small as its bound allows, or as precise as it can be if none meets it."""
+    path = work / f"model.{name}.onnx"
+    for keep in range(VARIANTS[name].keeps + 1):
+        VARIANTS[name].make(fp32, path, keep, rows)
+        report = reference.compare(run_graph(path), name, *_bounds(name, gates))
         if not report.failures:
             break
-    return report
+    return _with_size(report, path)
 
 
-def _runner(path: Path) -> Run:
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-    def run(ids: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        result: np.ndarray[Any, Any] = session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
-        return result
-
-    return run
+def _with_size(report: Report, path: Path) -> Report:
+    return changed(report, bytes=path.stat().st_size + weights_path(path).stat().st_size)
 
 
-def _write_parts(folder: Path, checkpoint: Checkpoint, model: SentenceEncoder, agents: Sequence[Agent]) -> None:
+def _judged(report: Report, hits: Mapping[str, NDArray[np.bool_]], maximum_drop: float) -> Report:
+    """A report with its routing accuracy; too large a drop against fp32, beyond chance, is a failure.
+
+    One-sided sign test at 5 %, normal approximation, against the allowed drop.
+    """
+    own = hits.get(report.stage)
+    if own is None:
+        return report
+    first = hits["fp32"]
+    lost, gained = int((first & ~own).sum()), int((own & ~first).sum())
+    failures = report.failures
+    if lost - gained > maximum_drop * len(own) + 1.645 * np.sqrt(lost + gained):
+        failures += (
+            f"routes {lost - gained} of {len(own)} labelled tasks fewer rightly than fp32, more than "
+            f"{maximum_drop:.1%} and chance allow",
+        )
+    return changed(report, accuracy=float(own.mean()), failures=failures)
+
+
+def _failure_report(out: Path) -> Path:
+    return out.with_name(f"{out.name}.{REPORT}")
+
+
+def _refuse(reports: Sequence[Report], out: Path) -> None:
+    """Raise if a stage failed, after writing the report beside ``out``."""
+    failed = [report.stage for report in reports if report.failures]
+    if failed:
+        path = _failure_report(out)
+        _write_json(path, {"stages": [asdict(report) for report in reports]})
+        raise ParityError(
+            f"{', '.join(failed)}: too far from the original. No bundle was written; the report is {path}. Leave the "
+            "variant out, or give another bound with --minimum-cosine or --maximum-drop.",
+            table(reports),
+        )
+
+
+def _keep(work: Path, manifest: dict[str, Any], wanted: Sequence[str], reports: Sequence[Report]) -> None:
+    """Leave the wanted variants in the manifest, in their order, with what was measured, and delete the rest."""
+    entry_of = {entry["id"]: entry for entry in manifest["variants"]}
+    report_of = {report.stage: report for report in reports}
+    manifest["variants"] = [entry_of[name] | {"parity": report_of[name].measurements()} for name in wanted]
+    manifest["default_variant"] = wanted[-1]
+    for name in VARIANTS:
+        if name not in wanted:
+            path = work / f"model.{name}.onnx"
+            path.unlink(missing_ok=True)
+            weights_path(path).unlink(missing_ok=True)
+
+
+def _write_parts(folder: Path, checkpoint: Checkpoint, agents: Sequence[Agent]) -> None:
     """tokenizer.json, agents.json and goldens.json."""
     checkpoint.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     head = checkpoint.head
@@ -227,6 +347,7 @@ def _write_parts(folder: Path, checkpoint: Checkpoint, model: SentenceEncoder, a
         },
     )
     goldens = []
+    model = checkpoint.encoder().eval()
     texts = parity_texts("tasks")[:_GOLDENS]
     for text, ids in zip(texts, checkpoint.tokenize(texts), strict=True):
         with torch.no_grad():
@@ -246,9 +367,10 @@ def _manifest(
     identity: Identity,
     variants: Sequence[str],
     reports: Sequence[Report],
-    bounds: dict[str, float],
+    gates: Gates,
+    generators: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    report_of = {report.variant: report for report in reports}
+    report_of = {report.stage: report for report in reports}
     uncalibrated = {strategy: asdict(calibration) for strategy, calibration in UNCALIBRATED.items()}
     return {
         "format": FORMAT,
@@ -256,9 +378,9 @@ def _manifest(
         "encoder": {
             "dim": checkpoint.dim,
             "max_length": checkpoint.max_length,
-            "pooling": "mean",
+            "pooling": "+".join(_POOLING.get(mode, mode) for mode in checkpoint.pooling),
             "normalised": True,
-            "prompt": "",
+            "prompt": checkpoint.prompt,
         },
         "variants": [
             {
@@ -266,11 +388,11 @@ def _manifest(
                 "runtime": "onnx",
                 **_listed(folder, f"model.{variant}.onnx"),
                 "weights": _listed(folder, f"model.{variant}.bin"),
-                "precision": _PRECISION[variant],
+                "precision": VARIANTS[variant].precision,
                 "shapes": None,
                 "compute_units": None,
                 "minimum_os": None,
-                "minimum_cosine": bounds[variant],
+                "minimum_cosine": _bounds(variant, gates)[0],
                 "calibrated_on": None,
                 "calibration": {"trained": uncalibrated, "custom": uncalibrated},
                 "parity": report_of[variant].measurements(),
@@ -278,9 +400,13 @@ def _manifest(
             for variant in variants
         ],
         "default_variant": variants[-1],
+        "generators": [
+            entry | {key: _listed(folder, entry[key]) for key in ("model", "weights")} for entry in generators
+        ],
         "tokenizer": _listed(folder, "tokenizer.json"),
         "agents": _listed(folder, "agents.json"),
         "goldens": _listed(folder, "goldens.json"),
+        "documents": [],
         "tools": {name: importlib.metadata.version(name) for name in _TOOLS},
     }
 
@@ -288,18 +414,30 @@ def _manifest(
 def _calibrate(
     folder: Path,
     entry: dict[str, Any],
-    names: Sequence[str],
+    agents: Sequence[Agent],
     labelled: Sequence[Labelled],
-) -> None:
-    """Fit this variant's weights by routing the labelled tasks with the bundle itself."""
+) -> NDArray[np.bool_]:
+    """Fit this variant's weights by routing the labelled tasks with the bundle itself.
+
+    Returns:
+        (tasks in scope,) which of them the embedding alone routes rightly.
+    """
     bundle = Bundle.open(folder)
+    names = [agent.name for agent in agents]
     fitted = {}
+    hits: list[bool] = []
     # The bundle's agents taken as if they were a user's own show what descriptions alone can do.
-    for kind, agents in (("trained", None), ("custom", list(bundle.agents))):
-        router = Router.load(bundle, variant=entry["id"], agents=agents)
+    for kind, own in (("trained", None), ("custom", list(bundle.agents))):
+        router = Router.load(bundle, variant=entry["id"], agents=own)
         signals = [router.signals(row.task) for row in labelled]
         fitted[kind] = calibrate(signals, labelled, names)
+        if not hits:
+            for signal, row in zip(signals, labelled, strict=True):
+                assert signal.evidence is not None
+                if row.agent != OUT_OF_SCOPE:
+                    hits.append(names[int(signal.evidence.argmax())] == row.agent)
     entry["calibration"] = _calibrations(fitted)
+    return np.array(hits)
 
 
 def _kind(head: Head | ShippedHead | None) -> tuple[int, bool] | None:

@@ -1,4 +1,4 @@
-"""The command ``ruvltra-export``: finetune, soft-labels, mine-commits, split, bundle."""
+"""The command ``ruvltra-export``: bundle, verify, inspect, finetune, soft-labels, mine-commits, split."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge import __version__
-from edge.errors import EdgeError, MissingExtra
+from edge.errors import EdgeError
 from export.errors import RecipeError
 
 
@@ -115,10 +115,27 @@ def _parser() -> argparse.ArgumentParser:
     bundle = verbs.add_parser(
         "bundle",
         help="turn a checkpoint into a verified bundle",
-        description="Export a BERT-family checkpoint to ONNX, prove it against torch, calibrate it and write a bundle. "
-        "Writes nothing if a variant misses its bound.",
+        description="Export a checkpoint to ONNX, prove each stage against the one before it, calibrate and write a "
+        "bundle. Writes no bundle if a stage misses its bound, but a report beside it.",
     )
-    bundle.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    bundle.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="Hugging Face or sentence-transformers folder, GGUF file, or hub id (owner/name)",
+    )
+    bundle.add_argument(
+        "--task",
+        default="embed",
+        metavar="embed|generate",
+        help="generate adds a generating graph to the embedding one (embed)",
+    )
+    bundle.add_argument(
+        "--pooling", metavar="MODE", help="where the checkpoint states none: mean, cls, lasttoken and others"
+    )
+    bundle.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="longest text (default: the checkpoint's, decoders 2048)"
+    )
     bundle.add_argument("--out", type=Path, metavar="DIR", required=True)
     bundle.add_argument(
         "--recipe", type=Path, metavar="RECIPE.toml", help="takes name, agents and dev split from a recipe"
@@ -137,7 +154,12 @@ def _parser() -> argparse.ArgumentParser:
         help="for a checkpoint adapted from this bundle: takes its name, version, licence and agents, and without "
         "--eval its calibration",
     )
-    bundle.add_argument("--variants", default="fp32,int8", help="comma-separated; the last is the default (fp32,int8)")
+    bundle.add_argument(
+        "--variants",
+        default="fp32,int8",
+        help="comma-separated, of fp32, fp16, int8, int8-static, int8-weights, int8-int4-weights, int4-weights, "
+        "int4-weights-symmetric; the last is the default; or auto, which measures all and keeps the best (fp32,int8)",
+    )
     bundle.add_argument(
         "--name", help="name in the manifest (default: that of --recipe or --like, or the checkpoint folder's)"
     )
@@ -150,9 +172,39 @@ def _parser() -> argparse.ArgumentParser:
         metavar="VARIANT=VALUE",
         help="another bound on the cosine to the original, e.g. int8=0.99",
     )
+    bundle.add_argument(
+        "--maximum-drop",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="share of the labelled tasks that a variant may lose against fp32, beyond chance (0.005)",
+    )
     bundle.add_argument("--force", action="store_true", help="replace an existing folder")
     bundle.add_argument("--quiet", action="store_true", help="no progress bar")
     bundle.set_defaults(run=_bundle)
+
+    verify = verbs.add_parser(
+        "verify",
+        help="redo all gates on an existing bundle",
+        description="Check a bundle's hashes and goldens and hold its variants against its fp32 graph; with the "
+        "checkpoint that it was made of, hold every graph against the network and the network against the "
+        "checkpoint's own code.",
+    )
+    verify.add_argument("bundle", type=Path, metavar="BUNDLE")
+    verify.add_argument("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT")
+    verify.add_argument("--eval", type=Path, metavar="FILE.jsonl", help="labelled tasks to measure routing on")
+    verify.add_argument("--json", action="store_true", help="write the stages as JSON")
+    verify.set_defaults(run=_verify)
+
+    inspect = verbs.add_parser(
+        "inspect",
+        help="show what a GGUF file holds",
+        description="Show architecture, sizes, tensor types and tokenizer of a GGUF file without loading its weights.",
+    )
+    inspect.add_argument("file", type=Path, metavar="FILE.gguf")
+    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+    inspect.add_argument("--json", action="store_true", help="write it as JSON")
+    inspect.set_defaults(run=_inspect)
     return parser
 
 
@@ -164,20 +216,15 @@ def _bound(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError("must be VARIANT=VALUE, e.g. int8=0.99") from None
 
 
-def _require_torch() -> None:
-    """The authoring side's imports, turned into one message if they are not installed."""
-    try:
-        import onnx
-        import onnxscript
-        import torch
-        import transformers  # noqa: F401
-    except ImportError:
-        raise MissingExtra("ruvltra-export", "export") from None
-    del onnx, onnxscript, torch
+def _require_toolchain() -> None:
+    """The tested set of tools, or one message that says what differs."""
+    from export.toolchain import check_toolchain
+
+    check_toolchain()
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    _require_torch()
+    _require_toolchain()
     from export.finetune import finetune
     from export.plan import plan_adaptation, plan_recipe
     from export.recipe import load_recipe
@@ -203,7 +250,7 @@ def _finetune(options: argparse.Namespace) -> int:
 
 
 def _soft_labels(options: argparse.Namespace) -> int:
-    _require_torch()
+    _require_toolchain()
     from export.checkpoint import load_checkpoint
     from export.plan import training_texts
     from export.recipe import load_recipe
@@ -258,16 +305,25 @@ def _split(options: argparse.Namespace) -> int:
 
 
 def _bundle(options: argparse.Namespace) -> int:
-    _require_torch()
+    _require_toolchain()
     from edge.agents import load_agents
     from edge.bundle import Bundle
     from edge.evaluate import Labelled, read_labelled
-    from export.bundle import Identity, build_bundle
+    from export.bundle import MAXIMUM_DROP, Gates, Identity, build_bundle
+    from export.checkpoint import load_checkpoint
     from export.dataset import load_dataset
+    from export.parity import table
     from export.recipe import load_recipe
+    from export.search import require_plots
 
     if options.like and (options.recipe or options.agents):
         raise RecipeError("--like says what --recipe and --agents say. Give either.")
+    tasks = {task.strip() for task in options.task.split(",")}
+    if not tasks or tasks - {"embed", "generate"}:
+        raise RecipeError(f"--task {options.task}: unknown. Use embed, or generate, which embeds as well.")
+    variants = [variant.strip() for variant in options.variants.split(",") if variant.strip()]
+    if variants == ["auto"]:
+        require_plots()
     recipe = load_recipe(options.recipe) if options.recipe else None
     like = Bundle.open(options.like) if options.like else None
     origin = recipe or like
@@ -287,27 +343,75 @@ def _bundle(options: argparse.Namespace) -> int:
     elif recipe:
         labelled = [Labelled(e.task, e.agent) for e in load_dataset(recipe, names).dev]
         labelled_name = f"{recipe.name} dev split"
+    name = options.checkpoint.resolve().name.removesuffix(".gguf")
     reports = build_bundle(
-        options.checkpoint,
+        load_checkpoint(options.checkpoint, pooling=options.pooling, max_length=options.max_length),
         options.out,
         identity=Identity(
-            name=options.name or (origin.name if origin else options.checkpoint.resolve().name),
+            name=options.name or (origin.name if origin else name),
             version=version,
             licence=options.licence or (origin.licence if origin else "unknown"),
-            base_model=origin.base_model if origin else options.checkpoint.resolve().name,
+            base_model=origin.base_model if origin else name,
         ),
         agents=agents,
-        variants=[variant.strip() for variant in options.variants.split(",") if variant.strip()],
+        variants=variants,
+        generate="generate" in tasks,
         labelled=labelled,
         labelled_name=labelled_name,
         like=like,
-        minimum_cosine=dict(options.minimum_cosine),
+        gates=Gates(
+            dict(options.minimum_cosine), MAXIMUM_DROP if options.maximum_drop is None else options.maximum_drop
+        ),
         replace=options.force,
         quiet=options.quiet,
     )
-    for report in reports:
-        print(report.table())
+    print(table(reports))
     print(f"{options.out}: written and verified")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    _require_toolchain()
+    from edge.bundle import Bundle
+    from edge.evaluate import read_labelled
+    from export.parity import table
+    from export.verify import verify
+
+    bundle = Bundle.open(options.bundle)
+    labelled = read_labelled(options.eval, [agent.name for agent in bundle.agents]) if options.eval else []
+    checks, reports = verify(options.bundle, options.checkpoint, labelled)
+    failed = [check for check in checks if not check.ok]
+    holds = not failed and not any(report.failures for report in reports)
+    if options.json:
+        stages = [dataclasses.asdict(report) for report in reports]
+        print(json.dumps({"holds": holds, "checks": [dataclasses.asdict(c) for c in checks], "stages": stages}))
+    else:
+        for check in checks:
+            print(f"{'ok' if check.ok else 'FAILED':<8}{check.name}: {check.detail}")
+        if reports:
+            print(table(reports))
+        print("all gates hold" if holds else "a gate does not hold. Export the bundle again.")
+    return 0 if holds else 1
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    _require_toolchain()
+    from export.gguf import GgufFile, summary
+
+    found = summary(GgufFile(options.file))
+    if options.json:
+        print(json.dumps(found))
+        return 0
+    tensors = found.pop("tensors")
+    for key, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {part}" for name, part in value.items())
+        print(f"{key:<16}{value}")
+    if options.tensors:
+        for tensor in tensors:
+            print(
+                f"  {tensor['name']:<32}{tensor['type']:<8}{'x'.join(map(str, tensor['shape'])):<16}{tensor['bytes']}"
+            )
     return 0
 
 

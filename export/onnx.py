@@ -1,4 +1,4 @@
-"""ONNX graphs of the encoder: fp32 with fused operators, and int8 made of it.
+"""The ONNX graph of the encoder: fp32, with fused operators.
 
 Every step asserts its effect, since the tools used here are known to pass over what they do not
 recognise without a word.
@@ -14,10 +14,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
-from onnx import TensorProto, helper, numpy_helper
 
 from export.errors import ToolchainError
 from export.wrapper import SentenceEncoder
@@ -27,22 +26,24 @@ INPUTS = ("input_ids", "attention_mask")
 OUTPUT = "sentence_embedding"  # "embedding" collides with an internal name of torch's exporter
 
 
-def export_fp32(model: SentenceEncoder, path: Path) -> None:
-    """Write the encoder as one fp32 graph, weights beside it, with attention, layer norms and GELU fused.
+def export_fp32(model: SentenceEncoder, path: Path) -> dict[str, int]:
+    """Write the encoder as one fp32 graph, weights beside it, with attention, norms and GELU fused.
 
     Inputs ``input_ids`` and ``attention_mask``, int64 (batch, tokens), both axes symbolic; output
     ``sentence_embedding``, float32 (batch, dim), unit rows.
+
+    Returns:
+        How often each fused operator occurs.
 
     Raises:
         ToolchainError: An axis was fixed or a fusion did not happen.
     """
     from onnx_ir import save
-    from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
     # Neither axis of the example may be 1: torch.export would take it for a constant.
     example = (torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64))
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             model.eval(),
             example,
@@ -55,77 +56,85 @@ def export_fp32(model: SentenceEncoder, path: Path) -> None:
         )
         if program is None:
             raise ToolchainError("torch.onnx.export returned nothing. Install the tested torch and onnxscript.")
-        fused = optimize_for_ort(program.model)
-        save(fused[0] if isinstance(fused, tuple) else fused, path)
-    graph = onnx.load(path)
-    onnx.checker.check_model(graph, full_check=False)
-    save_with_weights(graph, path)
-    _assert_symbolic(graph)
+        kind = str(model.backbone.config.model_type)
+        fused = _fuse_rotary(program.model) if kind in _ROTARY else _fuse(program.model)
+        # Through a file: a graph of 2 GB and more does not fit into one message.
+        weights_path(path).unlink(missing_ok=True)
+        save(fused, path, external_data=weights_path(path).name, size_threshold_bytes=1024)
+    graph = onnx.load(path, load_external_data=False)
+    if kind not in ("qwen2", "llama"):  # onnx's checker does not know SimplifiedLayerNormalization
+        onnx.checker.check_model(str(path), full_check=False)
+    assert_symbolic(graph)
     layers = int(model.backbone.config.num_hidden_layers)
     counts = operators(graph)
-    expected = {"MultiHeadAttention": layers, "SkipLayerNormalization": 2 * layers, "BiasGelu": layers, "Softmax": 0}
+    expected = {name: times * layers + once for name, (times, once) in _EXPECTED[kind].items()}
     found = {name: counts[name] for name in expected}
     if found != expected:
         raise ToolchainError(f"fusion gave {found}, {expected} expected. Install the tested torch and onnxscript.")
+    return found
 
 
-def quantise_int8(source: Path, target: Path, keep: int = 0) -> None:
-    """Make an int8 graph of an fp32 one.
+# Fused operators that a graph must have: so many a layer, and so many besides. Attention with a bias of
+# its own (MPNet) or a mask of its own making (DistilBERT) stays as it is.
+_BERT = {"MultiHeadAttention": (1, 0), "SkipLayerNormalization": (2, 0), "BiasGelu": (1, 0), "Softmax": (0, 0)}
+_DECODER = {"MultiHeadAttention": (1, 0), "SkipSimplifiedLayerNormalization": (2, 0), "Softmax": (0, 0)}
+_EXPECTED: dict[str, dict[str, tuple[int, int]]] = {
+    "bert": _BERT,
+    "roberta": _BERT | {"SkipLayerNormalization": (2, 1)},
+    "xlm-roberta": _BERT | {"SkipLayerNormalization": (2, 1)},
+    "mpnet": {"SkipLayerNormalization": (2, 1), "BiasGelu": (1, 0)},
+    "distilbert": {"SkipLayerNormalization": (2, 0), "BiasGelu": (1, 0)},
+    "modernbert": {"MultiHeadAttention": (1, 0), "Gelu": (1, 0), "Softmax": (0, 0)},
+    "nomic-bert": {"MultiHeadAttention": (1, 0), "SkipLayerNormalization": (2, 0), "Softmax": (0, 0)},
+    "qwen2": _DECODER,
+    "llama": _DECODER,
+}
+_ROTARY = ("modernbert", "nomic-bert", "qwen2", "llama")
 
-    Matrix products have weights int8 per output channel, activations uint8 with one scale per tensor
-    computed at run time (hence not batch-invariant). ``reduce_range`` keeps weights to 7 bits, so
-    that CPUs without VNNI do not saturate and all x86 CPUs agree. The word embedding table is int8
-    with one scale per row, as plain Gather, Cast and Mul.
 
-    Args:
-        source: Graph written by :func:`export_fp32`.
-        target: Where the int8 graph goes.
-        keep: How many of the feed-forward down-projections stay in fp32, from the first layer on.
-            Their inputs have the outliers that cost most of the precision.
+def _fuse(model: ir.Model) -> ir.Model:
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    Raises:
-        ToolchainError: A matrix product or the table was left in fp32 that should not have been.
+    return optimize_for_ort(model)[0]
+
+
+def _fuse_rotary(model: ir.Model) -> ir.Model:
+    """What ``optimize_for_ort`` does, less the fusions that fail with rotary positions.
+
+    Its GroupQueryAttention refuses padded batches, and its RotaryEmbedding refuses layers with caches
+    of their own (onnxscript 0.7.2, ONNX Runtime 1.32.0).
     """
-    import onnxruntime as ort
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    import onnx_ir.passes.common as passes
+    from onnxscript.optimizer import optimize
+    from onnxscript.rewriter import rewrite
+    from onnxscript.rewriter.ort_fusions import shape_optimization
+    from onnxscript.rewriter.ort_fusions.bias_gelu import fuse_bias_gelu
+    from onnxscript.rewriter.ort_fusions.erfgelu import fuse_erfgelu
+    from onnxscript.rewriter.ort_fusions.gelu import fuse_gelu
+    from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
+    from onnxscript.rewriter.ort_fusions.sdpa import fuse_sdpa
+    from onnxscript.rewriter.ort_fusions.sdpa_via_mha import replace_sdpa_by_mha
+    from onnxscript.rewriter.ort_fusions.skip_normalization import (
+        fuse_skip_layer_normalization,
+        fuse_skip_rms_normalization,
+    )
+    from onnxscript.rewriter.rules.common import _gemm_to_matmul_add
 
-    graph = onnx.load(source)
-    shape_of = {i.name: tuple(i.dims) for i in graph.graph.initializer}
-    products = [n for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in shape_of]
-    down = [n.name for n in products if shape_of[n.input[1]][0] > shape_of[n.input[1]][1]]
-    _quantise_table(graph)
-    middle = target.with_suffix(".table.onnx")
-    onnx.save(graph, middle)
-    try:
-        with _quiet():
-            quantize_dynamic(
-                middle,
-                target,
-                op_types_to_quantize=["MatMul"],
-                per_channel=True,
-                reduce_range=True,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=down[:keep],
-                extra_options={"MatMulConstBOnly": True},
-            )
-    finally:
-        middle.unlink()
-    # Fuse now what ONNX Runtime would fuse at every start. "Extended" depends on the CPU provider,
-    # not on the CPU.
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(middle)
-    ort.InferenceSession(target, options, providers=["CPUExecutionProvider"])
-    quantised = onnx.load(middle)
-    middle.unlink()
-    _assert_symbolic(quantised)
-    save_with_weights(quantised, target)
-    counts = operators(quantised)
-    done = counts["DynamicQuantizeMatMul"] + counts["MatMulIntegerToFloat"]
-    if done != len(products) - keep or done == 0:
-        raise ToolchainError(
-            f"{done} of {len(products)} matrix products were quantised. Install the tested onnxruntime."
-        )
+    rewrite(model, [_gemm_to_matmul_add.gemm_to_matmul_add_rule])
+    passes.ShapeInferencePass()(model)
+    optimize(model)
+    shape_optimization.rules.apply_to_model(model)
+    optimize(model)
+    for fusion in (fuse_erfgelu, fuse_rms_normalization, fuse_skip_layer_normalization, fuse_skip_rms_normalization):
+        fusion(model)
+    fuse_sdpa(model, apply_shape_inference=True)
+    for fusion in (fuse_gelu, fuse_bias_gelu, replace_sdpa_by_mha):
+        fusion(model)
+    optimize(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1)(model)
+    passes.RemoveInitializersFromInputsPass()(model)
+    passes.ShapeInferencePass()(model)
+    return model
 
 
 def weights_path(path: Path) -> Path:
@@ -151,7 +160,8 @@ def operators(graph: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in graph.graph.node)
 
 
-def _assert_symbolic(graph: onnx.ModelProto) -> None:
+def assert_symbolic(graph: onnx.ModelProto) -> None:
+    """Raise ToolchainError unless batch and tokens are symbolic axes of the two inputs."""
     for value in graph.graph.input:
         dims = value.type.tensor_type.shape.dim
         if len(dims) != 2 or not all(dim.dim_param for dim in dims):
@@ -160,36 +170,8 @@ def _assert_symbolic(graph: onnx.ModelProto) -> None:
         raise ToolchainError(f"the graph's inputs are not {INPUTS}. Install the tested torch.")
 
 
-def _quantise_table(graph: onnx.ModelProto) -> None:
-    """Replace the largest table that is looked up by row with int8 rows and their scales."""
-    tables = {i.name: i for i in graph.graph.initializer}
-    lookups = [n for n in graph.graph.node if n.op_type == "Gather" and n.input[0] in tables]
-    lookups = [n for n in lookups if len(tables[n.input[0]].dims) == 2]
-    if not lookups:
-        raise ToolchainError("found no embedding table in the graph. Install the tested torch and onnxscript.")
-    node = max(lookups, key=lambda n: int(np.prod(tables[n.input[0]].dims)))
-    name, indices, output = node.input[0], node.input[1], node.output[0]
-    rows = numpy_helper.to_array(tables[name])
-    scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True), 1e-12).astype(np.float32) / np.float32(127)
-    values = np.clip(np.rint(rows / scale), -127, 127).astype(np.int8)
-    graph.graph.initializer.remove(tables[name])
-    graph.graph.initializer.extend(
-        [numpy_helper.from_array(values, f"{name}.int8"), numpy_helper.from_array(scale, f"{name}.scale")]
-    )
-    replacement = [
-        helper.make_node("Gather", [f"{name}.int8", indices], [f"{name}.rows"], axis=0),
-        helper.make_node("Cast", [f"{name}.rows"], [f"{name}.rows.fp32"], to=TensorProto.FLOAT),
-        helper.make_node("Gather", [f"{name}.scale", indices], [f"{name}.row_scales"], axis=0),
-        helper.make_node("Mul", [f"{name}.rows.fp32", f"{name}.row_scales"], [output]),
-    ]
-    position = list(graph.graph.node).index(node)
-    graph.graph.node.remove(node)
-    for offset, new in enumerate(replacement):
-        graph.graph.node.insert(position + offset, new)
-
-
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the tools' progress chatter and their warnings about their own internals."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

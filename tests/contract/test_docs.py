@@ -25,6 +25,7 @@ BLOCKS = [
 @pytest.mark.parametrize(("kind", "code"), BLOCKS)
 def test_examples_run(kind: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BUNDLE", str(ROOT / "models" / "ruvltra-mini" / "bundle"))
     if kind == "python":
         exec(compile(code, "example", "exec"), {"__name__": "example"})
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import shutil
 from pathlib import Path
 
 import jsonschema
@@ -13,11 +15,14 @@ import torch
 
 from edge import Bundle, Encoder, Router
 from edge.doctor import examine
+from export.bundle import _judged
 from export.checkpoint import Checkpoint
 from export.cli import main
+from export.errors import ToolchainError
 from export.onnx import operators
-from export.parity import MINIMUM_COSINE, Reference, parity_texts
-from export.wrapper import SentenceEncoder
+from export.parity import Inputs, Reference, Report, parity_texts, run_network
+from export.toolchain import check_toolchain
+from export.variants import VARIANTS
 from tests.conftest import MINI, ROOT
 from tests.export.conftest import MINILM
 
@@ -54,6 +59,7 @@ def test_it_holds_what_the_format_says(exported: Path) -> None:
         "model.fp32.onnx",
         "model.int8.bin",
         "model.int8.onnx",
+        "parity.json",
     }
     for folder in (exported, MINI / "bundle"):
         jsonschema.validate(json.loads((folder / "bundle.json").read_bytes()), SCHEMA)
@@ -73,7 +79,7 @@ def test_the_schema_refuses_what_is_wrong(exported: Path) -> None:
 
 def test_fp32_vectors_equal_torch_for_every_text(exported: Path, minilm: Checkpoint) -> None:
     encoder = Encoder.load(exported, variant="fp32")
-    model = SentenceEncoder(minilm.backbone)
+    model = minilm.encoder()
     for text in parity_texts("tasks") + parity_texts("odd"):
         tokens = encoder.tokenize(text)
         with torch.no_grad():
@@ -118,9 +124,16 @@ def test_a_missed_bound_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(arguments) == 1
     captured = capsys.readouterr()
     assert "FAILED: cosine" in captured.err
-    assert "int8: too far from the original. Nothing was written" in captured.err
+    assert "int8: too far from the original. No bundle was written" in captured.err
+    assert "The error comes in at the stage 'int8'" in captured.err
     assert captured.out == ""
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle.parity.json"]
+    stages = json.loads((tmp_path / "bundle.parity.json").read_text())["stages"]
+    assert [(stage["stage"], bool(stage["failures"])) for stage in stages] == [
+        ("network", False),
+        ("fp32", False),
+        ("int8", True),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -147,13 +160,92 @@ def test_wrong_arguments_are_named_and_nothing_is_written(
 
 def test_parity_catches_a_graph_that_ignores_the_mask(minilm: Checkpoint, exported: Path) -> None:
     """The comparison itself: three faults that a real exporter could have."""
-    reference = Reference(minilm, SentenceEncoder(minilm.backbone).eval())
+    reference = Reference(Inputs.of_checkpoint(minilm), "network", run_network(minilm))
     backend = Encoder.load(exported, variant="fp32")._backend
-    bound = MINIMUM_COSINE["fp32"]
-    assert reference.compare(backend.run, "fp32", bound).failures == ()
-    blind = reference.compare(lambda ids, mask: backend.run(ids, np.ones_like(mask)), "fp32", bound)
+    bounds = (VARIANTS["fp32"].minimum_cosine, VARIANTS["fp32"].elsewhere)
+    assert reference.compare(backend.run, "fp32", *bounds).failures == ()
+    blind = reference.compare(lambda ids, mask: backend.run(ids, np.ones_like(mask)), "fp32", *bounds)
     assert any("padded" in failure for failure in blind.failures)
-    swapped = reference.compare(lambda ids, mask: backend.run(ids, mask)[::-1], "fp32", bound)
+    swapped = reference.compare(lambda ids, mask: backend.run(ids, mask)[::-1], "fp32", *bounds)
     assert any("batch 8" in failure for failure in swapped.failures)
-    broken = reference.compare(lambda ids, mask: backend.run(ids, mask) * np.nan, "fp32", bound)
+    broken = reference.compare(lambda ids, mask: backend.run(ids, mask) * np.nan, "fp32", *bounds)
     assert len(broken.failures) == 1 + len(broken.grid)
+    assert all("not finite" in failure for failure in broken.failures)
+
+
+def test_every_variant_is_measured_and_the_front_kept(exported: Path, tmp_path: Path) -> None:
+    rows = exported.parent / "rows.jsonl"
+    out = tmp_path / "auto"
+    arguments = ["bundle", str(MINILM), "--out", str(out), "--eval", str(rows), "--variants", "auto", "--quiet"]
+    assert main(arguments) == 0
+    jsonschema.validate(json.loads((out / "bundle.json").read_bytes()), SCHEMA)
+    assert [check.name for check in examine(out) if not check.ok] == []
+    bundle = Bundle.open(out)
+    stages = {stage["stage"]: stage for stage in json.loads((out / "parity.json").read_text())["stages"]}
+    assert set(stages) == {"network", *VARIANTS}
+    kept = {variant.id for variant in bundle.variants}
+    assert {"fp32", "int8"} <= kept < set(VARIANTS)
+    assert {path.name for path in out.glob("*.onnx")} == {f"model.{name}.onnx" for name in kept}
+    card = (out / "CARD.md").read_text()
+    assert all(name in card for name in VARIANTS)
+    assert (out / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert {file.file for file in bundle.documents} == {"parity.json", "CARD.md", "front.png"}
+    smaller = {name: stages[name]["bytes"] / stages["fp32"]["bytes"] for name in VARIANTS}
+    assert 0.49 < smaller["fp16"] < 0.52
+    assert max(smaller[n] for n in ("int8", "int8-weights", "int8-int4-weights", "int4-weights")) < 0.3
+    for name in ("fp16", "int8-weights"):  # the precise ones
+        assert stages[name]["cosine_min"] > 0.998
+    (out / "CARD.md").write_text("other")
+    assert [check.name for check in examine(out) if not check.ok] == ["file CARD.md"]
+
+
+def test_a_drop_in_accuracy_is_refused(exported: Path) -> None:
+    """The gate itself: a variant that decides worse by more than chance."""
+    report = Report("int8", "fp32", 1, 1.0, 1.0, 1.0, {"x": 1.0}, ())
+    right = np.ones(1000, dtype=bool)
+    worse = right.copy()
+    worse[:30] = False
+    assert _judged(report, {"fp32": right, "int8": worse}, 0.005).failures
+    assert not _judged(report, {"fp32": right, "int8": worse}, 0.05).failures
+    worse[4:] = True
+    judged = _judged(report, {"fp32": right, "int8": worse}, 0.005)
+    assert not judged.failures
+    assert judged.accuracy == 0.996
+    assert Bundle.open(exported).variant("int8").parity["accuracy"] > 0.3
+
+
+def test_a_bundle_is_verified_again(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(exported), str(MINILM), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [stage["stage"] for stage in found["stages"]] == ["network", "fp32", "int8"]
+    assert main(["verify", str(exported), "--eval", str(exported.parent / "rows.jsonl")]) == 0
+    assert "all gates hold" in capsys.readouterr().out
+    # Of another checkpoint than it was made of: the vectors differ.
+    assert main(["verify", str(exported), str(MINI / "checkpoint")]) == 1
+    assert "FAILED: cosine" in capsys.readouterr().out
+    copy = tmp_path / "copy"
+    shutil.copytree(exported, copy)
+    data = bytearray((copy / "model.int8.bin").read_bytes())
+    data[len(data) // 2] ^= 255
+    (copy / "model.int8.bin").write_bytes(data)
+    assert main(["verify", str(copy)]) == 1
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("export.bundle.run_graph", interrupt)
+    assert main(["bundle", str(MINILM), "--out", str(tmp_path / "out"), "--quiet"]) == 130
+    monkeypatch.setattr(
+        "export.bundle.run_graph", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    assert main(["bundle", str(MINILM), "--out", str(tmp_path / "out"), "--quiet"]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_untested_tool_is_named_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.0.0" if name == "transformers" else real(name))
+    with pytest.raises(ToolchainError, match=r"transformers 5.0.0 is installed.*transformers==4.57.6"):
+        check_toolchain()
