@@ -234,6 +234,8 @@ def _check(
         raise InputError("all labelled tasks are out of scope. Add tasks of the agents to calibrate on.")
     if not variants:
         raise InputError("no variants asked for. Give at least one.")
+    if len(set(variants)) < len(variants):
+        raise InputError("a variant is asked for twice. Name each once; the last one is the default.")
     if out.exists() and not replace:
         raise InputError(f"{out}: exists already. Choose another folder, or give --force to replace a bundle.")
     if out.exists() and not (out / MANIFEST).exists():
