@@ -203,7 +203,7 @@ class Bundle:
             raise ManifestError(f"{where}: two variants have the same id. {_COPY_AGAIN}")
         if not set(self.encoder.pooling.split("+")) <= _POOLING or not self.encoder.normalised:
             known = ", ".join(sorted(_POOLING))
-            raise ManifestError(f"{where}: the encoder must pool by {known} and normalise. {_COPY_AGAIN}")
+            raise ManifestError(f"{where}: the encoder must pool by one of {known} and normalise. {_COPY_AGAIN}")
         self.default_variant = manifest.string("default_variant")
         self.variant(self.default_variant)
         generators = manifest.tables("generators") if "generators" in manifest.values else []
@@ -212,6 +212,8 @@ class Bundle:
         self.documents = tuple(_file(table) for table in documents)  # for people; nothing here reads them
         self.files = {key: _file(manifest.table(key)) for key in ("tokenizer", "agents", "goldens")}
         content = {key: self.read(file) for key, file in self.files.items()}
+        for file in self.documents:
+            self.read(file)
         self.id = hashlib.sha256(raw).hexdigest()
         self.tokenizer = content["tokenizer"]
         self._load_agents(content["agents"])

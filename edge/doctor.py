@@ -37,7 +37,7 @@ def examine(path: str | Path | None = None) -> Iterator[Check]:
     yield Check(
         "files", True, f"{bundle.name} {bundle.version}: manifest, tokenizer, agents and goldens match their sha256"
     )
-    for file in (*bundle.documents, *(f for g in bundle.generators for f in (g.model, g.weights))):
+    for file in (f for g in bundle.generators for f in (g.model, g.weights)):
         try:
             bundle.locate(file)
         except EdgeError as error:

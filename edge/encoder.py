@@ -49,7 +49,7 @@ class Encoder:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self.max_length)
         # What an empty text has: special tokens, and those of the prompt.
-        self._special = len(self._tokenizer.encode(self._prompt).ids)
+        self._empty = tuple(self._tokenizer.encode(self._prompt).ids)
 
     @classmethod
     def load(
@@ -92,7 +92,7 @@ class Encoder:
             raise BackendError(f"the tokenizer cannot encode a text ({error}). Run: ruvltra doctor") from None
         ids: list[int] = encoding.ids
         # Without special tokens an empty text has no token, and no graph runs on none.
-        return Tokens(tuple(ids) or (0,), bool(encoding.overflowing), len(ids) <= self._special)
+        return Tokens(tuple(ids) or (0,), bool(encoding.overflowing), tuple(ids) == self._empty)
 
     def encode_tokens(self, tokens: Tokens) -> NDArray[np.float32]:
         """(dim,) float32 unit vector of one tokenised text."""

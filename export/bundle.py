@@ -27,7 +27,7 @@ from edge.evaluate import OUT_OF_SCOPE, Labelled
 from edge.router import Router
 from export.calibrate import UNCALIBRATED, calibrate
 from export.checkpoint import Checkpoint, Head
-from export.errors import CheckpointError, ParityError
+from export.errors import CheckpointError, ParityError, ToolchainError
 from export.generator import export_generator
 from export.onnx import export_fp32, weights_path
 from export.parity import (
@@ -49,7 +49,7 @@ AUTO = "auto"
 MAXIMUM_DROP = 0.005  # share of labelled tasks that a variant may lose against fp32
 REPORT = "parity.json"
 _GOLDENS = 20
-_TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy", "gguf")
+_TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "optimum-onnx", "tokenizers", "numpy", "gguf")
 # Names of sentence-transformers, and those of the bundle format where they differ.
 _POOLING = {"mean_sqrt_len_tokens": "mean_sqrt_len", "weightedmean": "weighted_mean", "lasttoken": "last"}
 
@@ -156,7 +156,11 @@ def build_bundle(
         for name in wanted:
             if name != "fp32":
                 step(f"parity {name}")
-                reports.append(_variant(reference, name, fp32, work, rows, gates))
+                try:
+                    reports.append(_variant(reference, name, fp32, work, rows, gates))
+                except ToolchainError:
+                    if not search:  # a search goes on without what cannot be made
+                        raise
         if not search:
             _refuse(reports, out)
         passed = [r.stage for r in reports if r.stage in VARIANTS and not r.failures]

@@ -204,6 +204,12 @@ def _load_folder(folder: Path, pooling: str | None) -> Checkpoint:
     config = architecture.config(config_values)
     if getattr(config, "use_sliding_window", False):
         raise CheckpointError(f"{inner}: attention within a sliding window is not supported. Use another model.")
+    scaling = (getattr(config, "rope_scaling", None) or {}).get("rope_type", "default")
+    if scaling in ("dynamic", "longrope"):
+        raise CheckpointError(
+            f"{inner}: rotary embeddings scaled by the text's length ({scaling}) do not fit into one graph. Use "
+            "another model."
+        )
     with no_init_weights():
         backbone = architecture.make(config)
     weights = {name.removeprefix(architecture.prefix): value for name, value in weights.items()}

@@ -365,7 +365,7 @@ def load_network(file: GgufFile, progress: str = "") -> Backbone:
 
 
 def pooling_of(file: GgufFile) -> str | None:
-    """The pooling that the file states: ``mean``, ``cls`` or ``last``; None if it states none.
+    """The pooling that the file states: ``mean``, ``cls`` or ``lasttoken``; None if it states none.
 
     Raises:
         CheckpointError: It states one that gives no embeddings (a reranker's, for example).
@@ -373,7 +373,7 @@ def pooling_of(file: GgufFile) -> str | None:
     value = file.metadata.get(f"{file.architecture}.pooling_type")
     if value is None or value == 0:
         return None
-    pooling = {1: "mean", 2: "cls", 3: "last"}.get(value)
+    pooling = {1: "mean", 2: "cls", 3: "lasttoken"}.get(value)
     if pooling is None:
         raise CheckpointError(f"{file.path}: pooling type {value!r} gives no embeddings. Give an embedding model.")
     return pooling
@@ -450,6 +450,11 @@ class _Sizes:
 def _empty_network(file: GgufFile) -> Backbone:
     """The network without weights: its memory is not touched before they are put in its place."""
     sizes = _Sizes(file)
+    if file.architecture in ("llama", "qwen2") and file.metadata.get(f"{file.architecture}.attention.causal") is False:
+        raise CheckpointError(
+            f"{file.path}: attention in both directions is not supported for {file.architecture}. Export the model's "
+            "Hugging Face folder instead."
+        )
     scaling = file.metadata.get(f"{file.architecture}.rope.scaling.type", "none")
     if scaling != "none" and _ROPE_FACTORS not in file.tensors:
         raise CheckpointError(

@@ -100,7 +100,7 @@ def int8(source: Path, target: Path, keep: int, ids: Ids) -> None:
         save_with_weights(quantised, target)
     counts = operators(quantised)
     done = counts["DynamicQuantizeMatMul"] + counts["MatMulIntegerToFloat"]
-    if done != len(products) - keep or done == 0:
+    if done != len(products) - len(down[:keep]) or done == 0:
         raise ToolchainError(f"{done} of {len(products)} matrix products were quantised. {_REMEDY}")
 
 
@@ -250,10 +250,12 @@ VARIANTS: dict[str, Variant] = {
 
 
 def _products(graph: onnx.ModelProto) -> tuple[list[onnx.NodeProto], list[str]]:
-    """Matrix products by constant weights, and the names of those that make vectors shorter."""
+    """Matrix products by constant weights, and the names of the feed-forward down-projections."""
     shape_of = {i.name: tuple(i.dims) for i in graph.graph.initializer}
     products = [n for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in shape_of]
-    down = [n.name for n in products if shape_of[n.input[1]][0] > 1.5 * shape_of[n.input[1]][1]]
+    # The feed-forward's inner size is the largest input of any product, and these are what takes it.
+    widest = max((shape_of[n.input[1]][0] for n in products), default=0)
+    down = [n.name for n in products if shape_of[n.input[1]][0] == widest > shape_of[n.input[1]][1]]
     return products, down
 
 

@@ -41,6 +41,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(folder / "bundle"),
         "--eval",
         str(folder / "rows.jsonl"),
+        "--maximum-drop",  # by descriptions alone, untrained, int8 routes some 2 % fewer rightly
+        "0.05",
         "--quiet",
     ]
     assert main(arguments) == 0
@@ -181,6 +183,7 @@ def test_every_variant_is_measured_and_the_front_kept(exported: Path, tmp_path: 
     rows = exported.parent / "rows.jsonl"
     out = tmp_path / "auto"
     arguments = ["bundle", str(MINILM), "--out", str(out), "--eval", str(rows), "--variants", "auto", "--quiet"]
+    arguments += ["--maximum-drop", "0.05"]
     assert main(arguments) == 0
     jsonschema.validate(json.loads((out / "bundle.json").read_bytes()), SCHEMA)
     assert [check.name for check in examine(out) if not check.ok] == []
@@ -200,7 +203,7 @@ def test_every_variant_is_measured_and_the_front_kept(exported: Path, tmp_path: 
     for name in ("fp16", "int8-weights"):  # the precise ones
         assert stages[name]["cosine_min"] > 0.998
     (out / "CARD.md").write_text("other")
-    assert [check.name for check in examine(out) if not check.ok] == ["file CARD.md"]
+    assert [check.name for check in examine(out) if not check.ok] == ["files"]
 
 
 def test_a_drop_in_accuracy_is_refused(exported: Path) -> None:

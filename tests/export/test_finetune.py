@@ -207,7 +207,15 @@ def test_going_on_from_a_bundle_learns_new_tasks_and_keeps_the_old(
     def top1(checkpoint: Path) -> tuple[float, float]:
         bundle = checkpoint.with_name(checkpoint.name + "-bundle")
         identity = Identity("x", "1", "Apache-2.0", "x")
-        build_bundle(checkpoint, bundle, identity=identity, agents=agents, variants=["fp32"], labelled=old, quiet=True)
+        build_bundle(
+            load_checkpoint(checkpoint),
+            bundle,
+            identity=identity,
+            agents=agents,
+            variants=["fp32"],
+            labelled=old,
+            quiet=True,
+        )
         router = Router.load(bundle)
         shares = [evaluate(router, rows, ["embedding"])[0].top1.value for rows in (old, new)]
         assert shares[0] is not None

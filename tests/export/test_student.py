@@ -11,7 +11,7 @@ import torch
 from edge.agents import load_agents
 from edge.bundle import Bundle
 from export.bundle import Identity, build_bundle
-from export.checkpoint import Checkpoint, Head, save_checkpoint
+from export.checkpoint import Checkpoint, Head, load_checkpoint, save_checkpoint
 from export.errors import CheckpointError, RecipeError
 from export.recipe import Student
 from export.soft_labels import read_soft_labels, write_soft_labels
@@ -107,7 +107,12 @@ def test_a_bundle_becomes_the_checkpoint_it_was_made_of(variant: str, with_head:
     save_checkpoint(tmp_path / "checkpoint", with_head, with_head.head)
     identity = Identity("x", "1", "Apache-2.0", "x")
     build_bundle(
-        tmp_path / "checkpoint", tmp_path / "bundle", identity=identity, agents=AGENTS, variants=[variant], quiet=True
+        load_checkpoint(tmp_path / "checkpoint"),
+        tmp_path / "bundle",
+        identity=identity,
+        agents=AGENTS,
+        variants=[variant],
+        quiet=True,
     )
     rebuilt = unpack_bundle(tmp_path / "bundle")
     lowest = min(float(embed(rebuilt, task) @ embed(with_head, task)) for task in TASKS)
