@@ -417,6 +417,9 @@ class _Sizes:
             "embedding_length": (self.hidden, embedding.shape[1]),
             "feed_forward_length": (self.inner, up.shape[0]),
         }
+        places = file.tensors.get("position_embd.weight")
+        if places is not None:
+            stated["context_length"] = (self.positions, places.shape[0])
         for key, (said, seen) in stated.items():
             if said != seen:
                 raise CheckpointError(

@@ -38,7 +38,6 @@ class Variant:
             against breakage: graphs that scale activations by the whole tensor drift there.
         make: (fp32 graph, where to write, matrix products to leave in fp32, calibration ids).
         keeps: How many products may be left in fp32 to meet the bound.
-        invariant: A text's vector does not depend on its batch or padding.
     """
 
     precision: str
@@ -46,7 +45,6 @@ class Variant:
     elsewhere: float
     make: Make
     keeps: int = 0
-    invariant: bool = True
 
 
 def fp16(source: Path, target: Path, keep: int, ids: Ids) -> None:
@@ -217,7 +215,6 @@ VARIANTS: dict[str, Variant] = {
         0.96,
         int8,
         keeps=_MOST_KEPT,
-        invariant=False,
     ),
     "int8-static": Variant(
         "int8 weights per channel, uint8 activations of fixed scales, float32 down-projections, int8 embedding rows",

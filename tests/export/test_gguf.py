@@ -294,6 +294,16 @@ def test_an_encoder_cannot_generate(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "out").exists()
 
 
+def test_positions_are_held_against_their_table(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    write(path, "bert")
+    data = bytearray(path.read_bytes())
+    set_number(data, data.index(b"bert.context_length") + len("bert.context_length") + 4, "I", 1 << 23)
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="context_length is 8388608, but the tensors say 64"):
+        load_checkpoint(path)
+
+
 def set_number(data: bytearray, place: int, code: str, value: int) -> None:
     struct.pack_into("<" + code, data, place, value)
 
