@@ -76,12 +76,9 @@ def int8(source: Path, target: Path, keep: int, ids: Ids) -> None:
     del ids
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    graph = onnx.load(source)
-    products, down = _products(graph)
-    _quantise_table(graph)
     with _folder(target) as folder:
         middle, raw = folder / "table.onnx", folder / "raw.onnx"
-        _save(graph, middle)
+        products, down = _with_int8_table(source, middle)
         with quiet():
             quantize_dynamic(
                 middle,
@@ -121,12 +118,9 @@ def int8_static(source: Path, target: Path, keep: int, ids: Ids) -> None:
             array = np.array([row], dtype=np.int64)
             return dict(zip(INPUTS, (array, np.ones_like(array)), strict=True))
 
-    graph = onnx.load(source)
-    products, down = _products(graph)
-    _quantise_table(graph)
     with _folder(target) as folder:
         middle, raw = folder / "table.onnx", folder / "raw.onnx"
-        _save(graph, middle)
+        products, down = _with_int8_table(source, middle)
         with quiet():
             quantize_static(
                 middle,
@@ -253,6 +247,15 @@ def _products(graph: onnx.ModelProto) -> tuple[list[onnx.NodeProto], list[str]]:
     # The feed-forward's inner size is the largest input of any product, and these are what takes it.
     widest = max((shape_of[n.input[1]][0] for n in products), default=0)
     down = [n.name for n in products if shape_of[n.input[1]][0] == widest > shape_of[n.input[1]][1]]
+    return products, down
+
+
+def _with_int8_table(source: Path, target: Path) -> tuple[list[onnx.NodeProto], list[str]]:
+    """Write a graph anew with its embedding table quantised; returns its products as ``_products`` does."""
+    graph = onnx.load(source)
+    products, down = _products(graph)
+    _quantise_table(graph)
+    _save(graph, target)
     return products, down
 
 
