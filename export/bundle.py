@@ -44,14 +44,13 @@ from export.parity import (
 )
 from export.search import Measured, measure, pareto, write_card
 from export.variants import VARIANTS
+from export.wrapper import BUNDLE_POOLING
 
 AUTO = "auto"
 MAXIMUM_DROP = 0.005  # share of labelled tasks that a variant may lose against fp32
 REPORT = "parity.json"
 _GOLDENS = 20
 _TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "optimum-onnx", "tokenizers", "numpy", "gguf")
-# Names of sentence-transformers, and those of the bundle format where they differ.
-_POOLING = {"mean_sqrt_len_tokens": "mean_sqrt_len", "weightedmean": "weighted_mean", "lasttoken": "last"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +257,8 @@ def _check(
         )
     if generate and checkpoint.language_model is None:
         raise CheckpointError(
-            f"{checkpoint.folder}: is no causal language model, so it cannot generate. Leave --task generate out."
+            f"{checkpoint.folder}: is no causal language model with its output layer, so it cannot generate. Leave "
+            "--task generate out."
         )
 
 
@@ -384,7 +384,7 @@ def _manifest(
         "encoder": {
             "dim": checkpoint.dim,
             "max_length": checkpoint.max_length,
-            "pooling": "+".join(_POOLING.get(mode, mode) for mode in checkpoint.pooling),
+            "pooling": "+".join(BUNDLE_POOLING.get(mode, mode) for mode in checkpoint.pooling),
             "normalised": True,
             "prompt": checkpoint.prompt,
         },

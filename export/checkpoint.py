@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, normalizers
 from torch import nn
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 from transformers.modeling_utils import no_init_weights
 
-from export.backbones import ARCHITECTURES, Backbone
+from export.backbones import ARCHITECTURES, Architecture, Backbone
 from export.errors import CheckpointError
 from export.gguf import GgufFile, load_network, pooling_of
 from export.gguf_tokenizer import tokenizer_of
@@ -85,11 +87,18 @@ class Checkpoint:
         """Token ids of texts, prompt included, cut to ``limit`` (None: the checkpoint's maximum length).
 
         A text without a token, which tokenizers without special tokens can make, becomes id 0.
+
+        Raises:
+            CheckpointError: The tokenizer cannot take a text apart, or not within the limit.
         """
-        self.tokenizer.enable_truncation(self.max_length if limit is None else limit)
         try:
+            self.tokenizer.enable_truncation(self.max_length if limit is None else limit)
             rows = self.tokenizer.encode_batch([self.prompt + text for text in texts])
             return [row.ids or [0] for row in rows]
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckpointError(
+                f"{self.folder}: the tokenizer fails ({error}). Use the tokenizer that belongs to these weights."
+            ) from None
         finally:
             self.tokenizer.no_truncation()
 
@@ -126,12 +135,12 @@ def load_checkpoint(source: str | Path, *, pooling: str | None = None, max_lengt
         raise CheckpointError(
             f"{source}: no such folder or file. Give a Hugging Face folder, a GGUF file or a hub id (owner/name)."
         )
-    size = checkpoint.tokenizer.get_vocab_size()
+    size = max(checkpoint.tokenizer.get_vocab().values(), default=-1) + 1
     rows = int(checkpoint.backbone.config.vocab_size)
     if size > rows:
         raise CheckpointError(
-            f"{source}: the tokenizer has {size} tokens, the embedding only {rows}. Use the tokenizer that belongs to "
-            "these weights."
+            f"{source}: the tokenizer has ids up to {size - 1}, the embedding only {rows} rows. Use the tokenizer that "
+            "belongs to these weights."
         )
     if max_length is not None:
         if not 3 <= max_length <= checkpoint.max_length:
@@ -140,7 +149,7 @@ def load_checkpoint(source: str | Path, *, pooling: str | None = None, max_lengt
                 f"{checkpoint.max_length}."
             )
         checkpoint = replace(checkpoint, max_length=max_length)
-    elif checkpoint.language_model is not None:
+    elif _is_causal(checkpoint.backbone):
         checkpoint = replace(checkpoint, max_length=min(checkpoint.max_length, DECODER_LENGTH))
     return checkpoint
 
@@ -186,7 +195,8 @@ def _load_folder(folder: Path, pooling: str | None) -> Checkpoint:
     if modules.pooling is not None and pooling is not None and modules.pooling != (pooling,):
         raise CheckpointError(f"{folder}: modules.json states the pooling {modules.pooling}. Leave --pooling out.")
     inner = folder / modules.transformer
-    config_values = _json(inner / "config.json")
+    config_path, weights_path = inner / "config.json", inner / "model.safetensors"
+    config_values = _object(config_path)
     kind = str(config_values.get("model_type"))
     if kind not in ARCHITECTURES:
         raise CheckpointError(
@@ -199,28 +209,20 @@ def _load_folder(folder: Path, pooling: str | None) -> Checkpoint:
             "transformers knows."
         )
     architecture = ARCHITECTURES[kind]
-    weights_path = inner / "model.safetensors"
     weights = _weights(inner)
-    config = architecture.config(config_values)
-    if getattr(config, "use_sliding_window", False):
-        raise CheckpointError(f"{inner}: attention within a sliding window is not supported. Use another model.")
-    scaling = (getattr(config, "rope_scaling", None) or {}).get("rope_type", "default")
-    if scaling in ("dynamic", "longrope"):
-        raise CheckpointError(
-            f"{inner}: rotary embeddings scaled by the text's length ({scaling}) do not fit into one graph. Use "
-            "another model."
-        )
-    with no_init_weights():
-        backbone = architecture.make(config)
     weights = {name.removeprefix(architecture.prefix): value for name, value in weights.items()}
-    expected = backbone.state_dict()
+    config = _config(architecture, config_values, config_path, weights)
+    with _making(config_path), torch.device("meta"), no_init_weights():  # shapes alone: sizes may be absurd
+        expected = {name: value.shape for name, value in architecture.make(config).state_dict().items()}
     missing = sorted(set(expected) - set(weights))
-    wrong = sorted(name for name in set(expected) & set(weights) if expected[name].shape != weights[name].shape)
+    wrong = sorted(name for name in set(expected) & set(weights) if expected[name] != weights[name].shape)
     if missing or wrong:
         raise CheckpointError(
             f"{weights_path}: does not fit config.json; missing tensors {missing[:3]}, wrong shapes {wrong[:3]}. "
             "Use the config.json that belongs to these weights."
         )
+    with _making(config_path), no_init_weights():
+        backbone = architecture.make(config)
     unfit = [name for name in expected if not weights[name].isfinite().all()]
     if unfit:
         raise CheckpointError(
@@ -228,15 +230,15 @@ def _load_folder(folder: Path, pooling: str | None) -> Checkpoint:
         )
     backbone.load_state_dict({name: weights[name] for name in expected}, assign=True)
     backbone.eval()
-    language_model = None
-    if architecture.causal:
-        language_model = _language_model(backbone, weights)
-    limit = modules.max_length or _limit(inner, int(config.max_position_embeddings) - architecture.reserved)
-    if not 0 < limit <= int(config.max_position_embeddings) - architecture.reserved:
-        raise CheckpointError(
-            f"{folder}: max_seq_length {limit} exceeds the model's "
-            f"{int(config.max_position_embeddings) - architecture.reserved} positions. Lower it."
-        )
+    pooling_modes = modules.pooling or (pooling or ("lasttoken" if architecture.causal else "mean"),)
+    _check_chain(folder, int(config.hidden_size) * len(pooling_modes), modules.dense)
+    language_model = _language_model(backbone, weights, weights_path) if architecture.causal else None
+    positions = int(config.max_position_embeddings) - architecture.reserved
+    limit = modules.max_length or min(
+        _whole(inner / "tokenizer_config.json", "model_max_length") or positions, positions
+    )
+    if limit > positions:
+        raise CheckpointError(f"{folder}: max_seq_length {limit} exceeds the model's {positions} positions. Lower it.")
     tokenizer = _tokenizer(inner if (inner / "tokenizer.json").exists() else folder)
     if modules.lower_case:
         lower = normalizers.Lowercase()
@@ -248,7 +250,7 @@ def _load_folder(folder: Path, pooling: str | None) -> Checkpoint:
         tokenizer,
         limit,
         None,
-        pooling=modules.pooling or (pooling or ("lasttoken" if architecture.causal else "mean"),),
+        pooling=pooling_modes,
         dense=modules.dense,
         prompt=modules.prompt,
         language_model=language_model,
@@ -256,15 +258,68 @@ def _load_folder(folder: Path, pooling: str | None) -> Checkpoint:
     return replace(checkpoint, head=_load_head(folder, checkpoint.dim))
 
 
-def _language_model(backbone: Backbone, weights: dict[str, torch.Tensor]) -> Backbone:
-    """The causal language model around a decoder; its output layer is the embedding's where the two are tied."""
+def _is_causal(backbone: Backbone) -> bool:
+    """Whether tokens see only what is before them."""
+    kind = backbone.config.model_type
+    return kind in ARCHITECTURES and ARCHITECTURES[kind].causal
+
+
+@contextlib.contextmanager
+def _making(path: Path) -> Iterator[None]:
+    """Say which config.json transformers could make nothing of, whatever it raises."""
+    try:
+        yield
+    except Exception as error:  # ValueError, TypeError, KeyError, RuntimeError and errors of huggingface_hub's own
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path}: transformers makes no network of it ({type(error).__name__}: {reason}). Use the config.json that "
+            "belongs to these weights."
+        ) from None
+
+
+def _config(architecture: Architecture, values: dict[str, Any], path: Path, weights: dict[str, torch.Tensor]) -> Any:
+    """The configuration, where a network of it can become one graph."""
+    with _making(path):
+        config = architecture.config(values)
+        layers = int(config.num_hidden_layers)
+        positions = int(config.max_position_embeddings) - architecture.reserved
+        scaling = (getattr(config, "rope_scaling", None) or {}).get("rope_type", "default")
+    if not 0 < layers <= len(weights) or positions < 1:
+        raise CheckpointError(
+            f"{path}: {layers} layers and {positions} positions do not fit {len(weights)} tensors of weights. Use the "
+            "config.json that belongs to these weights."
+        )
+    if getattr(config, "use_sliding_window", False):
+        raise CheckpointError(f"{path}: attention within a sliding window is not supported. Use another model.")
+    if getattr(config, "position_embedding_type", "absolute") != "absolute":
+        raise CheckpointError(f"{path}: relative positions are not supported. Use another model.")
+    if scaling in ("dynamic", "longrope"):
+        raise CheckpointError(
+            f"{path}: rotary embeddings scaled by the text's length ({scaling}) do not fit into one graph. Use "
+            "another model."
+        )
+    return config
+
+
+def _language_model(backbone: Backbone, weights: dict[str, torch.Tensor], path: Path) -> Backbone | None:
+    """The causal language model around a decoder; None where there is no output layer.
+
+    The output layer is the embedding's where the two are tied.
+    """
     config = backbone.config
+    embedding = backbone.embed_tokens.weight
+    head = embedding if config.tie_word_embeddings else weights.get("lm_head.weight")
+    if head is None:
+        return None
+    if head.shape != embedding.shape or not head.isfinite().all():
+        raise CheckpointError(
+            f"{path}: lm_head.weight has the shape {tuple(head.shape)} where {tuple(embedding.shape)} is wanted, or "
+            "values that are not finite. Copy it again."
+        )
     with no_init_weights():
         network = (LlamaForCausalLM if config.model_type == "llama" else Qwen2ForCausalLM)(config)
     network.model = backbone
-    embedding = backbone.embed_tokens.weight
-    head = embedding if config.tie_word_embeddings else nn.Parameter(weights.get("lm_head.weight", embedding))
-    network.lm_head.weight = head
+    network.lm_head.weight = head if head is embedding else nn.Parameter(head)
     network.eval()  # type: ignore[no-untyped-call]
     return network
 
@@ -273,7 +328,8 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder's safetensors, in fp32, from one file or several."""
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not path.is_file() and index.is_file():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        listed = _object(index).get("weight_map")
+        names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
         if not names or any(Path(name).name != name for name in names):
             raise CheckpointError(f"{index}: names no files of this folder. Copy it again.")
         paths = [folder / name for name in names]
@@ -286,14 +342,15 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
             hint = hint if (folder / "pytorch_model.bin").exists() else ""
             raise CheckpointError(f"{part}: missing. {hint}pickled weights are never read.".replace(". p", ". P", 1))
         try:
-            weights |= {name: value.float() for name, value in load_file(part).items()}
+            with safe_open(part, framework="pt") as stream:  # one tensor at a time: no second copy of the file
+                weights |= {name: stream.get_tensor(name).float() for name in stream.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{part}: not a whole safetensors file ({error}). Copy it again.") from None
     return weights
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, head: Head) -> None:
-    """Write weights in fp16 (half the bytes; cosine to fp32 above 0.99999), tokenizer and head."""
+    """Write weights in fp16 (half the bytes; cosine to fp32 above 0.99999), tokenizer, modules and head."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().half().contiguous() for name, value in checkpoint.backbone.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -306,17 +363,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, head: Head) -> None:
     _write_json(folder / "config.json", config)
     checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": checkpoint.max_length, "do_lower_case": False})
-    _write_json(
-        folder / "modules.json",
-        [
-            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-            {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
-        ],
-    )
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    pooling = {"word_embedding_dimension": checkpoint.dim, "pooling_mode_mean_tokens": True}
-    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    _write_modules(folder, checkpoint)
     tensors = {"prototypes": head.prototypes.contiguous(), "out_of_scope": head.out_of_scope.contiguous()}
     if head.linear is not None:
         tensors |= {"weight": head.linear.weight.contiguous(), "bias": head.linear.bias.contiguous()}
@@ -327,12 +374,46 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, head: Head) -> None:
     )
 
 
+def _write_modules(folder: Path, checkpoint: Checkpoint) -> None:
+    """modules.json with what it names, and the prompt, as sentence-transformers reads them."""
+    modules = ["Transformer", "Pooling", *["Dense"] * len(checkpoint.dense), "Normalize"]
+    paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(modules) if i)]
+    _write_json(
+        folder / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (kind, path) in enumerate(zip(modules, paths, strict=True))
+        ],
+    )
+    for path in paths[1:-1]:
+        (folder / path).mkdir(exist_ok=True)
+    pooling: dict[str, Any] = {"word_embedding_dimension": int(checkpoint.backbone.config.hidden_size)}
+    keyed = {key: True for key, mode in _POOLING_KEYS.items() if mode in checkpoint.pooling}
+    # The older keys state no order; sentence-transformers 5.7 reads a list.
+    ordered = [_POOLING_KEYS[key] for key in keyed] == list(checkpoint.pooling)
+    pooling |= keyed if ordered else {"pooling_mode": list(checkpoint.pooling)}
+    _write_json(folder / paths[1] / "config.json", pooling)
+    for path, module in zip(paths[2:-1], checkpoint.dense, strict=True):
+        linear, activation = module.children()
+        assert isinstance(linear, nn.Linear)
+        settings = {
+            "in_features": linear.in_features,
+            "out_features": linear.out_features,
+            "bias": linear.bias is not None,
+            "activation_function": f"{type(activation).__module__}.{type(activation).__name__}",
+        }
+        _write_json(folder / path / "config.json", settings)
+        dense = {f"linear.{name}": value.half().contiguous() for name, value in linear.state_dict().items()}
+        save_file(dense, folder / path / "model.safetensors", metadata={"format": "pt"})
+    if checkpoint.prompt:
+        prompts = {"prompts": {"default": checkpoint.prompt}, "default_prompt_name": "default"}
+        _write_json(folder / "config_sentence_transformers.json", prompts)
+
+
 def _load_head(folder: Path, dim: int) -> Head | None:
     path = folder / "head.safetensors"
     if not path.exists():
         return None
-    from safetensors import safe_open
-
     try:
         with safe_open(path, framework="pt") as stream:
             agents = tuple(json.loads((stream.metadata() or {})["agents"]))
@@ -384,9 +465,12 @@ def _read_modules(folder: Path) -> _Modules:
     """
     path = folder / "modules.json"
     if not path.exists():
-        return _Modules(max_length=_max_seq_length(folder), lower_case=_lower_case(folder))
+        return _Modules(
+            max_length=_whole(folder / "sentence_bert_config.json", "max_seq_length"), lower_case=_lower_case(folder)
+        )
     modules = _json(path)
-    if not isinstance(modules, list) or not all(isinstance(m, dict) and "type" in m and "path" in m for m in modules):
+    fits = isinstance(modules, list) and len(modules) > 0
+    if not fits or not all(isinstance(m, dict) and "type" in m and "path" in m for m in modules):
         raise CheckpointError(f"{path}: not a list of modules. Copy it again.")
     kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
     unknown = sorted(set(kinds) - {"Transformer", "Pooling", "Dense", "Normalize"})
@@ -399,7 +483,7 @@ def _read_modules(folder: Path) -> _Modules:
             "Normalize. Use another model."
         )
     inner = _inside(folder, modules[0]["path"])
-    settings = _json(_inside(folder, modules[1]["path"]) / "config.json")
+    settings = _object(_inside(folder, modules[1]["path"]) / "config.json")
     prompt = _prompt(folder)
     if prompt and settings.get("include_prompt", True) is False:
         raise CheckpointError(f"{path}: pooling without the prompt is not supported. Use another model.")
@@ -408,7 +492,8 @@ def _read_modules(folder: Path) -> _Modules:
         pooling=_pooling(settings, path),
         dense=tuple(_dense(_inside(folder, m["path"])) for m, k in zip(modules, kinds, strict=True) if k == "Dense"),
         prompt=prompt,
-        max_length=_max_seq_length(inner) or _max_seq_length(folder),
+        max_length=_whole(inner / "sentence_bert_config.json", "max_seq_length")
+        or _whole(folder / "sentence_bert_config.json", "max_seq_length"),
         lower_case=_lower_case(inner),
     )
 
@@ -426,7 +511,7 @@ def _pooling(settings: dict[str, Any], path: Path) -> tuple[str, ...]:
     if stated is None:
         modes = [mode for key, mode in _POOLING_KEYS.items() if settings.get(key) is True]
     else:
-        modes = [stated] if isinstance(stated, str) else list(stated)
+        modes = stated if isinstance(stated, list) else [stated]
     if not modes or any(mode not in POOLING for mode in modes):
         raise CheckpointError(
             f"{path}: pooling {modes} is not supported, only {', '.join(POOLING)}. Use another model."
@@ -436,51 +521,65 @@ def _pooling(settings: dict[str, Any], path: Path) -> tuple[str, ...]:
 
 def _dense(folder: Path) -> nn.Module:
     """A linear layer and its activation."""
-    settings = _json(folder / "config.json")
+    settings = _object(folder / "config.json")
     name = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
     if name not in _ACTIVATIONS:
-        raise CheckpointError(f"{folder}: activation {name!r} is not supported, only {', '.join(_ACTIVATIONS)}.")
+        raise CheckpointError(
+            f"{folder}: activation {name!r} is not supported, only {', '.join(_ACTIVATIONS)}. Use another model."
+        )
     if settings.get("module_input_name", "sentence_embedding") != "sentence_embedding":
         raise CheckpointError(f"{folder}: a dense layer on single tokens is not supported. Use another model.")
     weights = {key.removeprefix("linear."): value for key, value in _weights(folder).items()}
     try:
         layer = nn.Linear(int(settings["in_features"]), int(settings["out_features"]), bool(settings.get("bias", True)))
         layer.load_state_dict(weights)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: weights do not fit config.json ({error}). Copy it again.") from None
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise CheckpointError(f"{folder}: weights that are not finite. Copy it again.")
     return nn.Sequential(layer, _ACTIVATIONS[name]()).eval()
+
+
+def _check_chain(folder: Path, width: int, dense: Sequence[nn.Module]) -> None:
+    """Raise CheckpointError unless each dense layer takes what the one before it gives."""
+    for layer in dense:
+        linear = next(layer.children())
+        assert isinstance(linear, nn.Linear)
+        if linear.in_features != width:
+            raise CheckpointError(
+                f"{folder}: a dense layer takes {linear.in_features} values, but gets {width}. Copy it again."
+            )
+        width = linear.out_features
 
 
 def _prompt(folder: Path) -> str:
     """The prompt that sentence-transformers puts before texts unless told otherwise."""
     path = folder / "config_sentence_transformers.json"
-    settings = _json(path) if path.exists() else {}
+    settings = _object(path) if path.exists() else {}
     name = settings.get("default_prompt_name")
     if name is None:
         return ""
-    prompt = (settings.get("prompts") or {}).get(name)
+    prompts = settings.get("prompts")
+    prompt = prompts.get(str(name)) if isinstance(prompts, dict) else None
     if not isinstance(prompt, str):
         raise CheckpointError(f"{path}: the default prompt {name!r} is not among the prompts. Copy it again.")
     return prompt
 
 
-def _max_seq_length(folder: Path) -> int | None:
-    path = folder / "sentence_bert_config.json"
-    value = _json(path).get("max_seq_length") if path.exists() else None
-    return None if value is None else int(value)
+def _whole(path: Path, key: str) -> int | None:
+    """A whole number above 0 of a JSON file; None where file or key is absent."""
+    value = _object(path).get(key) if path.exists() else None
+    if value is None:
+        return None
+    # Tokenizers without a limit state an astronomical one, which JSON may hold as a float.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1 or value < 1:
+        raise CheckpointError(f"{path}: {key} is {value!r}, not a whole number above 0. Correct it.")
+    return int(value)
 
 
 def _lower_case(folder: Path) -> bool:
     path = folder / "sentence_bert_config.json"
-    return bool(_json(path).get("do_lower_case", False)) if path.exists() else False
-
-
-def _limit(folder: Path, positions: int) -> int:
-    """Longest text where nothing but the tokenizer's own settings say so."""
-    path = folder / "tokenizer_config.json"
-    stated = _json(path).get("model_max_length") if path.exists() else None
-    # Tokenizers without a limit state an astronomical one.
-    return min(stated or positions, positions)
+    return bool(_object(path).get("do_lower_case", False)) if path.exists() else False
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
@@ -501,9 +600,17 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing. The checkpoint folder is not complete.") from None
+        raise CheckpointError(f"{path}: missing. Copy the whole folder again.") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}). Copy it again.") from None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object."""
+    value = _json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object. Copy it again.")
+    return value
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -231,10 +231,8 @@ def finetune(plan: Plan, out: Path, *, restart: bool = False, quiet: bool = Fals
         RecipeError: The data or ``out`` cannot be used, or ``out`` holds the state of another run.
     """
     settings = plan.settings
-    if plan.start.pooling != ("mean",) or plan.start.dense or plan.start.prompt:
-        raise RecipeError(
-            f"{plan.name}: only mean pooling, with no dense layer or prompt, is trained. Use another base."
-        )
+    if plan.start.dense:
+        raise RecipeError(f"{plan.name}: a base with dense layers is not trained. Use another base.")
     if out.exists() and not (out / "metrics.json").exists():
         raise RecipeError(
             f"{out}: exists and is no checkpoint of an earlier training. Choose another folder for --out."

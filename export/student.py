@@ -6,6 +6,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer
@@ -52,7 +53,8 @@ def shrink(checkpoint: Checkpoint, student: Student, texts: Sequence[str]) -> Ch
     small.embeddings.load_state_dict(state)
     small.encoder.layer = nn.ModuleList([copy.deepcopy(backbone.encoder.layer[layer]) for layer in layers])
     small.eval()  # type: ignore[no-untyped-call]
-    return Checkpoint(checkpoint.folder, small, tokenizer, min(checkpoint.max_length, positions), checkpoint.head)
+    limit = min(checkpoint.max_length, positions)
+    return replace(checkpoint, backbone=small, tokenizer=tokenizer, max_length=limit)
 
 
 def _tokenizer(checkpoint: Checkpoint, size: int, texts: Sequence[str]) -> tuple[Tokenizer, list[int]]:

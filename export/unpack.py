@@ -21,7 +21,7 @@ from edge.bundle import Bundle
 from edge.errors import BundleError
 from export.checkpoint import Checkpoint, Head, Linear
 from export.errors import CheckpointError
-from export.wrapper import SentenceEncoder
+from export.wrapper import BUNDLE_POOLING
 
 _PREFIX = "backbone."
 
@@ -41,6 +41,8 @@ def unpack_bundle(path: Path) -> Checkpoint:
     variant = max(bundle.variants, key=lambda v: (v.runtime == "onnx", v.minimum_cosine))
     if variant.runtime != "onnx" or variant.weights is None:
         raise CheckpointError(f"{path}: has no ONNX variant to train on. Give a checkpoint.")
+    known = {name: mode for mode, name in BUNDLE_POOLING.items()}
+    pooling = tuple(known.get(name, name) for name in bundle.encoder.pooling.split("+"))
     with tempfile.TemporaryDirectory() as folder:  # onnx reads external data from a folder only
         graph_path = Path(folder, "model.onnx")
         graph_path.write_bytes(bundle.read(variant.model))
@@ -64,8 +66,12 @@ def unpack_bundle(path: Path) -> Checkpoint:
             linear,
         )
     tokenizer = Tokenizer.from_buffer(bundle.tokenizer)
-    checkpoint = Checkpoint(path, backbone, tokenizer, bundle.encoder.max_length, head)
-    model = SentenceEncoder(backbone).eval()
+    checkpoint = Checkpoint(
+        path, backbone, tokenizer, bundle.encoder.max_length, head, pooling=pooling, prompt=bundle.encoder.prompt
+    )
+    if checkpoint.dim != bundle.encoder.dim:
+        raise CheckpointError(f"{path}: a graph with dense layers cannot be trained on. Give a checkpoint.")
+    model = checkpoint.encoder().eval()
     for golden in bundle.goldens():
         with torch.no_grad():
             vector = model(torch.tensor([golden.ids]), torch.ones(1, len(golden.ids), dtype=torch.int64))[0].numpy()

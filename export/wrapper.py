@@ -98,6 +98,8 @@ POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "weightedmean": _weighted_mean,
     "lasttoken": _last,
 }
+# Names of the bundle format, where they are not those.
+BUNDLE_POOLING = {"mean_sqrt_len_tokens": "mean_sqrt_len", "weightedmean": "weighted_mean", "lasttoken": "last"}
 
 
 def forward(model: SentenceEncoder, ids: Sequence[list[int]], precision: str = "float32") -> torch.Tensor:
