@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from edge.doctor import examine
 from edge.errors import InputError
 from edge.evaluate import OUT_OF_SCOPE, Labelled
 from edge.router import Router
-from export.calibrate import UNCALIBRATED, calibrate
+from export.calibrate import UNCALIBRATED, calibrate, routed_rightly
 from export.checkpoint import Checkpoint, Head
 from export.errors import CheckpointError, ParityError, ToolchainError
 from export.generator import export_generator
@@ -36,6 +37,7 @@ from export.parity import (
     Inputs,
     Reference,
     Report,
+    judge,
     parity_texts,
     run_graph,
     run_network,
@@ -124,9 +126,12 @@ def build_bundle(
         InputError: ``out`` exists, or an unknown variant was asked for.
     """
     gates = gates or Gates({})
+    out = Path(os.path.abspath(out))  # noqa: PTH100 ("." needs a name, and resolve() would follow a link)
+    check_arguments(out, variants=variants, labelled=labelled, gates=gates, replace=replace)
+    _check(checkpoint, agents, generate, labelled, like)
     search = tuple(variants) == (AUTO,)
     wanted = tuple(VARIANTS) if search else tuple(variants)
-    _check(checkpoint, out, agents, wanted, generate, labelled, like, gates, replace)
+    reports: list[Report] = []
     steps = tqdm(total=4 + 2 * len({"fp32", *wanted}) + generate, disable=quiet, unit="step")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -141,7 +146,6 @@ def build_bundle(
         export_fp32(checkpoint.encoder().eval(), fp32)
         step("parity network")
         inputs = Inputs.of_checkpoint(checkpoint)
-        reports = []
         original = run_original(checkpoint)
         if original is not None:
             reference = Reference(inputs, "checkpoint", original)
@@ -149,9 +153,9 @@ def build_bundle(
         step("parity fp32")
         reference = Reference(inputs, NETWORK, run_network(checkpoint))
         reports.append(_with_size(reference.compare(run_graph(fp32), "fp32", *_bounds("fp32", gates)), fp32))
-        _refuse(reports, out)
+        _refuse(reports)
         reference = Reference(inputs, "fp32", run_graph(fp32))
-        rows = [batch[0][0].tolist() for batch in inputs.tasks]
+        rows = checkpoint.tokenize(parity_texts("calibration"))
         for name in wanted:
             if name != "fp32":
                 step(f"parity {name}")
@@ -161,7 +165,7 @@ def build_bundle(
                     if not search:  # a search goes on without what cannot be made
                         raise
         if not search:
-            _refuse(reports, out)
+            _refuse(reports)
         passed = [r.stage for r in reports if r.stage in VARIANTS and not r.failures]
         generators = []
         if generate:
@@ -182,9 +186,9 @@ def build_bundle(
             elif like is not None:
                 _take_over(entry, like)
         if labelled:
-            reports = [_judged(report, hits, gates.maximum_drop) for report in reports]
+            reports = [judge(report, hits, "fp32", gates.maximum_drop) for report in reports]
             if not search:
-                _refuse(reports, out)
+                _refuse(reports)
         passed = [r.stage for r in reports if r.stage in VARIANTS and not r.failures]
         measured: list[Measured] = []
         if search:
@@ -192,7 +196,7 @@ def build_bundle(
             measured = measure(work, passed, reports, rows)
             wanted = pareto(measured)
         _keep(work, manifest, wanted, reports)
-        _write_json(work / REPORT, {"stages": [asdict(report) for report in reports]})
+        _write_json(work / REPORT, {"stages": [report.document() for report in reports]})
         documents = [REPORT]
         if search:
             documents += write_card(work, identity.name, measured, wanted, reports)
@@ -202,47 +206,62 @@ def build_bundle(
         for check in examine(work):
             if not check.ok:
                 raise ParityError(
-                    f"the finished bundle fails its own check. Nothing was written. {check.name}", check.detail
+                    f"the finished bundle fails its own check {check.name!r}. No bundle was written. Leave the variant "
+                    "out, or report it with the file below.",
+                    f"FAILED: {check.name}: {check.detail}",
                 )
         for path in (work, *work.iterdir()):  # temporary files are private; a bundle is not
             path.chmod(0o755 if path.is_dir() else 0o644)
         _put_in_place(work, out)
         _failure_report(out).unlink(missing_ok=True)
         steps.update()
+    except ParityError as error:
+        stages = [report.document() for report in reports]
+        _write_json(_failure_report(out), {"stages": stages, "error": str(error)})
+        raise ParityError(f"{error} The report is {_failure_report(out)}.", error.report) from None
     finally:
         steps.close()
         shutil.rmtree(work, ignore_errors=True)
     return reports
 
 
-def _check(
-    checkpoint: Checkpoint,
-    out: Path,
-    agents: Sequence[Agent],
-    variants: Sequence[str],
-    generate: bool,
-    labelled: Sequence[Labelled],
-    like: Bundle | None,
-    gates: Gates,
-    replace: bool,
+def check_arguments(
+    out: Path, *, variants: Sequence[str], labelled: Sequence[Labelled], gates: Gates, replace: bool
 ) -> None:
-    """Refuse what cannot be done before anything takes time."""
-    for variant in variants:
+    """Refuse what cannot be done before a checkpoint is loaded.
+
+    Raises:
+        InputError: ``out`` is taken, or an argument of :func:`build_bundle` makes no sense.
+    """
+    known = f"Choose from: {', '.join(VARIANTS)}, or {AUTO} alone."
+    for variant in () if tuple(variants) == (AUTO,) else variants:
         if variant not in VARIANTS:
-            raise InputError(f"unknown variant {variant!r}. Choose from: {', '.join(VARIANTS)}, or {AUTO} alone.")
-    for variant in gates.minimum_cosine:
-        if variant not in VARIANTS:
-            raise InputError(f"a bound is given for {variant!r}, which is no variant. Use: {', '.join(VARIANTS)}.")
-    if labelled and all(row.agent == OUT_OF_SCOPE for row in labelled):
-        raise InputError("all labelled tasks are out of scope. Add tasks of the agents to calibrate on.")
+            raise InputError(f"unknown variant {variant!r}. {known}")
     if not variants:
-        raise InputError("no variants asked for. Give at least one.")
+        raise InputError(f"no variants asked for. {known}")
     if len(set(variants)) < len(variants):
         raise InputError("a variant is asked for twice. Name each once; the last one is the default.")
+    for variant, bound in gates.minimum_cosine.items():
+        if variant not in VARIANTS:
+            raise InputError(f"a bound is given for {variant!r}, which is no variant. Use: {', '.join(VARIANTS)}.")
+        if not -1 <= bound <= 1:
+            raise InputError(f"the bound {bound} for {variant} is no cosine. Give a number from -1 to 1.")
+    if not 0 <= gates.maximum_drop <= 1:
+        raise InputError(f"a maximum drop of {gates.maximum_drop} is no share. Give a number from 0 to 1.")
+    if labelled and all(row.agent == OUT_OF_SCOPE for row in labelled):
+        raise InputError("all labelled tasks are out of scope. Add tasks of the agents to calibrate on.")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out}: is a link or a file. Give a folder.")
     if out.exists() and not replace:
         raise InputError(f"{out}: exists already. Choose another folder, or give --force to replace a bundle.")
     if out.exists() and not (out / MANIFEST).exists():
         raise InputError(f"{out}: exists and is no bundle, so it is not replaced. Choose another folder.")
+
+
+def _check(
+    checkpoint: Checkpoint, agents: Sequence[Agent], generate: bool, labelled: Sequence[Labelled], like: Bundle | None
+) -> None:
+    """Refuse what does not fit the checkpoint before anything takes time."""
     names = tuple(agent.name for agent in agents)
     if checkpoint.head is not None and checkpoint.head.agents != names:
         raise CheckpointError(
@@ -284,38 +303,17 @@ def _with_size(report: Report, path: Path) -> Report:
     return changed(report, bytes=path.stat().st_size + weights_path(path).stat().st_size)
 
 
-def _judged(report: Report, hits: Mapping[str, NDArray[np.bool_]], maximum_drop: float) -> Report:
-    """A report with its routing accuracy; too large a drop against fp32, beyond chance, is a failure.
-
-    One-sided sign test at 5 %, normal approximation, against the allowed drop.
-    """
-    own = hits.get(report.stage)
-    if own is None:
-        return report
-    first = hits["fp32"]
-    lost, gained = int((first & ~own).sum()), int((own & ~first).sum())
-    failures = report.failures
-    if lost - gained > maximum_drop * len(own) + 1.645 * np.sqrt(lost + gained):
-        failures += (
-            f"routes {lost - gained} of {len(own)} labelled tasks fewer rightly than fp32, more than "
-            f"{maximum_drop:.1%} and chance allow",
-        )
-    return changed(report, accuracy=float(own.mean()), failures=failures)
-
-
 def _failure_report(out: Path) -> Path:
     return out.with_name(f"{out.name}.{REPORT}")
 
 
-def _refuse(reports: Sequence[Report], out: Path) -> None:
-    """Raise if a stage failed, after writing the report beside ``out``."""
+def _refuse(reports: Sequence[Report]) -> None:
+    """Raise ParityError if a stage failed."""
     failed = [report.stage for report in reports if report.failures]
     if failed:
-        path = _failure_report(out)
-        _write_json(path, {"stages": [asdict(report) for report in reports]})
         raise ParityError(
-            f"{', '.join(failed)}: too far from the original. No bundle was written; the report is {path}. Leave the "
-            "variant out, or give another bound with --minimum-cosine or --maximum-drop.",
+            f"{', '.join(failed)}: too far from the original. No bundle was written. Leave the variant out, or give "
+            "another bound with --minimum-cosine or --maximum-drop.",
             table(reports),
         )
 
@@ -431,19 +429,15 @@ def _calibrate(
     bundle = Bundle.open(folder)
     names = [agent.name for agent in agents]
     fitted = {}
-    hits: list[bool] = []
     # The bundle's agents taken as if they were a user's own show what descriptions alone can do.
-    for kind, own in (("trained", None), ("custom", list(bundle.agents))):
+    hits = np.empty(0, dtype=np.bool_)
+    for kind, own in (("custom", list(bundle.agents)), ("trained", None)):
         router = Router.load(bundle, variant=entry["id"], agents=own)
         signals = [router.signals(row.task) for row in labelled]
         fitted[kind] = calibrate(signals, labelled, names)
-        if not hits:
-            for signal, row in zip(signals, labelled, strict=True):
-                assert signal.evidence is not None
-                if row.agent != OUT_OF_SCOPE:
-                    hits.append(names[int(signal.evidence.argmax())] == row.agent)
-    entry["calibration"] = _calibrations(fitted)
-    return np.array(hits)
+        hits = routed_rightly(signals, labelled, names)
+    entry["calibration"] = _calibrations({kind: fitted[kind] for kind in ("trained", "custom")})
+    return hits
 
 
 def _kind(head: Head | ShippedHead | None) -> tuple[int, bool] | None:
@@ -470,8 +464,10 @@ def _calibrations(by_kind: Mapping[str, Mapping[str, Calibration]]) -> dict[str,
 
 
 def _listed(folder: Path, file: str) -> dict[str, Any]:
-    data = (folder / file).read_bytes()
-    return {"file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path = folder / file
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"file": file, "bytes": path.stat().st_size, "sha256": digest}
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -481,7 +477,8 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _put_in_place(work: Path, out: Path) -> None:

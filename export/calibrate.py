@@ -98,6 +98,16 @@ def _earned(
     return hybrid if gained - lost > 1.645 * np.sqrt(gained + lost) else embedding
 
 
+def routed_rightly(signals: Sequence[Signals], rows: Sequence[Labelled], agents: Sequence[str]) -> NDArray[np.bool_]:
+    """(tasks in scope,) bool: which of them the embedding alone routes rightly, abstaining aside."""
+    hits = []
+    for signal, row in zip(signals, rows, strict=True):
+        assert signal.evidence is not None
+        if row.agent != OUT_OF_SCOPE:
+            hits.append(agents[int(signal.evidence.argmax())] == row.agent)
+    return np.array(hits)
+
+
 def _features(signal: Signals) -> NDArray[np.float64]:
     """(agents + 1, 4): cosine, matched, first, and 1 for the last row, which is "nobody"."""
     assert signal.evidence is not None

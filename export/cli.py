@@ -186,9 +186,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = verbs.add_parser(
         "verify",
         help="redo all gates on an existing bundle",
-        description="Check a bundle's hashes and goldens and hold its variants against its fp32 graph; with the "
-        "checkpoint that it was made of, hold every graph against the network and the network against the "
-        "checkpoint's own code.",
+        description="Check a bundle's hashes and goldens and hold its variants against its fp32 graph, or its goldens "
+        "where there is none; with the checkpoint that it was made of, hold every graph against the network and the "
+        "network against the checkpoint's own code. With --eval, hold the routing of each against that of the first.",
     )
     verify.add_argument("bundle", type=Path, metavar="BUNDLE")
     verify.add_argument("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT")
@@ -309,7 +309,7 @@ def _bundle(options: argparse.Namespace) -> int:
     from edge.agents import load_agents
     from edge.bundle import Bundle
     from edge.evaluate import Labelled, read_labelled
-    from export.bundle import MAXIMUM_DROP, Gates, Identity, build_bundle
+    from export.bundle import MAXIMUM_DROP, Gates, Identity, build_bundle, check_arguments
     from export.checkpoint import load_checkpoint
     from export.dataset import load_dataset
     from export.parity import table
@@ -344,6 +344,9 @@ def _bundle(options: argparse.Namespace) -> int:
         labelled = [Labelled(e.task, e.agent) for e in load_dataset(recipe, names).dev]
         labelled_name = f"{recipe.name} dev split"
     name = options.checkpoint.resolve().name.removesuffix(".gguf")
+    gates = Gates(dict(options.minimum_cosine), MAXIMUM_DROP if options.maximum_drop is None else options.maximum_drop)
+    # Asked before a large checkpoint is loaded, and again with it.
+    check_arguments(options.out, variants=variants, labelled=labelled, gates=gates, replace=options.force)
     reports = build_bundle(
         load_checkpoint(options.checkpoint, pooling=options.pooling, max_length=options.max_length),
         options.out,
@@ -359,9 +362,7 @@ def _bundle(options: argparse.Namespace) -> int:
         labelled=labelled,
         labelled_name=labelled_name,
         like=like,
-        gates=Gates(
-            dict(options.minimum_cosine), MAXIMUM_DROP if options.maximum_drop is None else options.maximum_drop
-        ),
+        gates=gates,
         replace=options.force,
         quiet=options.quiet,
     )
@@ -383,7 +384,7 @@ def _verify(options: argparse.Namespace) -> int:
     failed = [check for check in checks if not check.ok]
     holds = not failed and not any(report.failures for report in reports)
     if options.json:
-        stages = [dataclasses.asdict(report) for report in reports]
+        stages = [report.document() for report in reports]
         print(json.dumps({"holds": holds, "checks": [dataclasses.asdict(c) for c in checks], "stages": stages}))
     else:
         for check in checks:

@@ -42,7 +42,7 @@ def export_generator(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(dir=folder, prefix=".generator.") as name:
         source, raw = Path(name, "model"), Path(name, "onnx")
-        with quiet():
+        with quiet("optimum's export of the generating graph"):
             network.save_pretrained(source)
             checkpoint.tokenizer.save(str(source / "tokenizer.json"))
             main_export(

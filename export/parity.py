@@ -7,11 +7,12 @@ network, and every other variant against the fp32 graph.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from edge.bundle import Golden
 from export.checkpoint import Checkpoint
-from export.onnx import INPUTS
+from export.onnx import INPUTS, quiet
 from export.wrapper import SentenceEncoder
 
 Run = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
@@ -48,6 +50,7 @@ class Report:
         grid: Cosine minimum of the odd texts and of each shape of the grid, by name.
         failures: What missed its bound, in words; empty if nothing did.
         accuracy: Share of labelled tasks that the vectors alone route rightly, if any were given.
+        maximum_drop: Share of them that the stage was allowed to lose against fp32.
         bytes: Size of graph and weights; 0 where there is no graph.
     """
 
@@ -60,14 +63,26 @@ class Report:
     grid: dict[str, float]
     failures: tuple[str, ...]
     accuracy: float | None = None
+    maximum_drop: float | None = None
     bytes: int = 0
+
+    @property
+    def grid_min(self) -> float:
+        """Lowest cosine of the grid; where there is none, that of the tasks."""
+        return float(np.min(list(self.grid.values()) or [self.cosine_min]))
 
     def measurements(self) -> dict[str, float]:
         """The figures that the manifest keeps."""
         values = asdict(self)
         kept = {key: values[key] for key in ("texts", "cosine_min", "cosine_mean", "nearest_agreement")}
-        kept |= {"grid_cosine_min": min(self.grid.values())}
-        return kept | ({} if self.accuracy is None else {"accuracy": self.accuracy})
+        kept |= {"grid_cosine_min": self.grid_min}
+        return kept | {key: values[key] for key in ("accuracy", "maximum_drop") if values[key] is not None}
+
+    def document(self) -> dict[str, Any]:
+        """Everything, ready for JSON, which has no word for what is not finite: null."""
+        values = asdict(self) | {"failures": list(self.failures)}
+        values["grid"] = {name: _or_null(value) for name, value in self.grid.items()}
+        return {key: _or_null(value) for key, value in values.items()}
 
 
 def table(reports: Sequence[Report]) -> str:
@@ -80,7 +95,7 @@ def table(reports: Sequence[Report]) -> str:
         accuracy = "-" if r.accuracy is None else f"{r.accuracy:.1%}"
         lines.append(
             f"{r.stage:<24}{r.against:<12}{size:>7}  {r.cosine_min:<12.7f}{r.cosine_mean:<12.7f}"
-            f"{r.nearest_agreement:<9.1%}{min(r.grid.values()):<11.7f}{accuracy}"
+            f"{r.nearest_agreement:<9.1%}{r.grid_min:<11.7f}{accuracy}"
         )
         lines += [f"  FAILED: {failure}" for failure in r.failures]
     failed = [r for r in reports if r.failures]
@@ -89,8 +104,8 @@ def table(reports: Sequence[Report]) -> str:
     return "\n".join(lines)
 
 
-def parity_texts(kind: Literal["tasks", "odd"]) -> list[str]:
-    """Texts to compare on: tasks in many languages and scripts, or strings that are no sentences."""
+def parity_texts(kind: Literal["tasks", "odd", "calibration"]) -> list[str]:
+    """Tasks in many languages and scripts and odd strings to compare on, or other tasks to calibrate with."""
     texts: dict[str, list[str]] = json.loads(files("export").joinpath("parity_texts.json").read_text(encoding="utf-8"))
     return texts[kind]
 
@@ -123,8 +138,15 @@ class Inputs:
         """Padding comes on the left as well where a network numbers its positions by the mask."""
         config = checkpoint.backbone.config
         sides = ("right",) if config.model_type in ("bert", "distilbert") else ("right", "left")
-        padding = getattr(config, "pad_token_id", None) or 0
+        padding = getattr(config, "pad_token_id", None)
+        if padding is None or not 0 <= padding < config.vocab_size:
+            padding = 0
         return cls.of(checkpoint.tokenize, checkpoint.max_length, padding, sides)
+
+    @classmethod
+    def of_goldens(cls, goldens: Sequence[Golden]) -> Inputs:
+        """The texts of a bundle's goldens alone, by the ids that it states."""
+        return cls([g.text for g in goldens], [_alone(list(g.ids)) for g in goldens], [], {})
 
 
 class Reference:
@@ -150,7 +172,7 @@ class Reference:
         expected = np.concatenate([case[2] for case in self._tasks])
         vectors = np.concatenate([run(ids, mask) for ids, mask, _ in self._tasks])
         cosines = _cosines(expected, vectors)
-        grid = {"odd texts": _lowest(run, self._odd)}
+        grid = {"odd texts": _lowest(run, self._odd)} if self._odd else {}
         grid |= {name: _lowest(run, cases) for name, cases in self._grid.items()}
         failures = []
         if not np.isfinite(vectors).all():
@@ -173,6 +195,31 @@ class Reference:
             grid=grid,
             failures=tuple(failures),
         )
+
+
+def judge(report: Report, hits: Mapping[str, NDArray[np.bool_]], first: str, maximum_drop: float) -> Report:
+    """A report with its routing accuracy; too large a drop against the stage ``first``, beyond chance, is a failure.
+
+    One-sided sign test at 5 %, normal approximation, against the allowed drop.
+
+    Args:
+        report: Of a stage.
+        hits: By stage, which labelled tasks it routes rightly; without the stage ``first`` nothing is gated.
+        first: What the drop is measured against.
+        maximum_drop: The allowed share of tasks.
+    """
+    own = hits.get(report.stage)
+    if own is None:
+        return report
+    failures = report.failures
+    if first in hits:
+        lost, gained = int((hits[first] & ~own).sum()), int((own & ~hits[first]).sum())
+        if lost - gained > maximum_drop * len(own) + 1.645 * np.sqrt(lost + gained):
+            failures += (
+                f"routes {lost - gained} of {len(own)} labelled tasks fewer rightly than {first}, more than "
+                f"{maximum_drop:.1%} and chance allow",
+            )
+    return replace(report, accuracy=float(own.mean()), maximum_drop=maximum_drop, failures=failures)
 
 
 def run_network(checkpoint: Checkpoint) -> Run:
@@ -206,13 +253,30 @@ def run_original(checkpoint: Checkpoint) -> Run | None:
 
 def run_graph(path: Path) -> Run:
     """An ONNX graph, on the CPU."""
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    with quiet(f"running {path.name}"):
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        result: NDArray[np.float32] = session.run(None, dict(zip(INPUTS, (ids, mask), strict=True)))[0]
+        with quiet(f"running {path.name}"):
+            result: NDArray[np.float32] = session.run(None, dict(zip(INPUTS, (ids, mask), strict=True)))[0]
         return result
 
     return run
+
+
+def run_goldens(goldens: Sequence[Golden]) -> Run:
+    """The vectors that a bundle states for its goldens' ids."""
+    vectors = {golden.ids: golden.vector for golden in goldens}
+
+    def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        del mask
+        return np.stack([vectors[tuple(row)] for row in ids.tolist()])
+
+    return run
+
+
+def _or_null(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _grid(ids: list[list[int]], longest: int, padding: int, sides: Sequence[str]) -> dict[str, Batch]:

@@ -54,7 +54,7 @@ def fp16(source: Path, target: Path, keep: int, ids: Ids) -> None:
 
     graph = onnx.load(source)
     before = operators(graph)
-    with quiet():
+    with quiet("the conversion to float16"):
         graph = convert_float_to_float16(graph, keep_io_types=True, disable_shape_infer=True)
     left = [i.name for i in graph.graph.initializer if i.data_type == TensorProto.FLOAT and len(i.dims) == 2]
     after = operators(graph)
@@ -79,7 +79,7 @@ def int8(source: Path, target: Path, keep: int, ids: Ids) -> None:
     with _folder(target) as folder:
         middle, raw = folder / "table.onnx", folder / "raw.onnx"
         products, down = _with_int8_table(source, middle)
-        with quiet():
+        with quiet("dynamic quantisation"):
             quantize_dynamic(
                 middle,
                 raw,
@@ -121,7 +121,7 @@ def int8_static(source: Path, target: Path, keep: int, ids: Ids) -> None:
     with _folder(target) as folder:
         middle, raw = folder / "table.onnx", folder / "raw.onnx"
         products, down = _with_int8_table(source, middle)
-        with quiet():
+        with quiet("static quantisation"):
             quantize_static(
                 middle,
                 raw,
@@ -168,7 +168,7 @@ def weights_only(bits: int, block: int, symmetric: bool, down_bits: int | None =
         rounds = [(bits, [])] if down_bits is None else [(bits, down), (down_bits, rest)]
         for width, exclude in rounds:
             config = DefaultWeightOnlyQuantConfig(block, symmetric, accuracy_level=4, bits=width)
-            with quiet():
+            with quiet("weight-only quantisation"):
                 quantiser = MatMulNBitsQuantizer(graph, nodes_to_exclude=list(exclude), algo_config=config)
                 quantiser.process()
             graph = quantiser.model.model
@@ -177,7 +177,7 @@ def weights_only(bits: int, block: int, symmetric: bool, down_bits: int | None =
             config = DefaultWeightOnlyQuantConfig(
                 block, symmetric, bits=4, op_types_to_quantize=("Gather",), quant_axes=(("Gather", 1),)
             )
-            with quiet():
+            with quiet("weight-only quantisation"):
                 quantiser = MatMulNBitsQuantizer(
                     graph, algo_config=config, op_types_to_quantize=("Gather",), quant_axes=(("Gather", 1),)
                 )
@@ -306,7 +306,8 @@ def _fused(path: Path, fused: Path) -> onnx.ModelProto:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(fused)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", fused.stem + ".data")
-    ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    with quiet("ONNX Runtime's fusion"):
+        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     graph = onnx.load(fused)
     assert_symbolic(graph)
     return graph

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,14 +38,15 @@ MORE: dict[str, dict[str, Any]] = {
 ABSOLUTE = ("bert", "distilbert")  # number positions from the left, whatever the mask says
 
 
-def network(kind: str) -> Backbone:
+def network(kind: str, more: Mapping[str, str] = MappingProxyType({})) -> Backbone:
     torch.manual_seed(3)
     if kind == "nomic-bert":
         return NomicBert(NomicBertConfig(100, 64, 3, 4, 128, 66, 1e-12, 1000.0)).eval()
     architecture = ARCHITECTURES[kind]
     with warnings.catch_warnings():  # importing ModernBERT compiles, with tools that torch has deprecated
         warnings.simplefilter("ignore", DeprecationWarning)
-        return architecture.make(architecture.config(SIZES | MORE.get(kind, {}) | {"model_type": kind})).eval()
+        values = SIZES | MORE.get(kind, {}) | dict(more) | {"model_type": kind}
+        return architecture.make(architecture.config(values)).eval()
 
 
 def batch(padding: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,10 +83,22 @@ def test_the_side_of_the_padding_does_not_matter_where_positions_follow_the_mask
         assert difference < 1e-5 or kind in ABSOLUTE, mode
 
 
-@pytest.mark.parametrize("kind", [*ARCHITECTURES, "nomic-bert"])
-def test_one_graph_of_any_shape(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        *((kind, {}) for kind in [*ARCHITECTURES, "nomic-bert"]),
+        # Activations without a fused operator.
+        ("bert", {"hidden_act": "gelu_new"}),
+        ("roberta", {"hidden_act": "relu"}),
+        ("distilbert", {"activation": "relu"}),
+        ("modernbert", {"hidden_activation": "silu"}),
+        ("llama", {"hidden_act": "gelu"}),
+    ],
+    ids=str,
+)
+def test_one_graph_of_any_shape(kind: str, more: dict[str, str], tmp_path: Path) -> None:
     """Fused as far as the exporter promises (it raises otherwise), and equal to the network."""
-    backbone = network(kind)
+    backbone = network(kind, more)
     causal = kind in ARCHITECTURES and ARCHITECTURES[kind].causal
     model = SentenceEncoder(backbone, ("lasttoken" if causal else "mean",)).eval()
     path = tmp_path / "model.fp32.onnx"

@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jsonschema
@@ -15,12 +19,11 @@ import torch
 
 from edge import Bundle, Encoder, Router
 from edge.doctor import examine
-from export.bundle import _judged
 from export.checkpoint import Checkpoint
 from export.cli import main
 from export.errors import ToolchainError
 from export.onnx import operators
-from export.parity import Inputs, Reference, Report, parity_texts, run_network
+from export.parity import Inputs, Reference, Report, judge, parity_texts, run_network
 from export.toolchain import check_toolchain
 from export.variants import VARIANTS
 from tests.conftest import MINI, ROOT
@@ -148,6 +151,11 @@ def test_a_missed_bound_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFix
         (["bundle", str(MINILM), "--out", "OUT", "--variants", "int8,int8", "--quiet"], "asked for twice"),
         (["bundle", str(MINILM), "--out", "OUT", "--pooling", "cls", "--quiet"], "Leave --pooling out"),
         (["bundle", str(MINILM), "--out", "OUT", "--max-length", "9999", "--quiet"], "choose from 3 to 256"),
+        (["bundle", "nowhere", "--out", str(MINI), "--quiet"], "exists already"),
+        (["bundle", "nowhere", "--out", "OUT", "--maximum-drop", "nan", "--quiet"], "nan is no share"),
+        (["bundle", "nowhere", "--out", "OUT", "--minimum-cosine", "int8=nan"], "nan for int8 is no cosine"),
+        (["bundle", "nowhere", "--out", "OUT", "--minimum-cosine", "int3=0.9"], "'int3', which is no variant"),
+        (["bundle", "nowhere", "--out", "AGENTS", "--force"], "is a link or a file"),
         (["bundle", str(MINILM), "--out", "OUT", "--task", "sing", "--quiet"], "Use embed, or generate"),
         (["bundle", str(MINI / "checkpoint"), "--out", "OUT", "--agents", "AGENTS", "--quiet"], "head was trained for"),
         (["finetune", "nowhere.toml"], "no such recipe"),
@@ -212,42 +220,69 @@ def test_a_drop_in_accuracy_is_refused(exported: Path) -> None:
     right = np.ones(1000, dtype=bool)
     worse = right.copy()
     worse[:30] = False
-    assert _judged(report, {"fp32": right, "int8": worse}, 0.005).failures
-    assert not _judged(report, {"fp32": right, "int8": worse}, 0.05).failures
+    assert judge(report, {"fp32": right, "int8": worse}, "fp32", 0.005).failures
+    assert not judge(report, {"fp32": right, "int8": worse}, "fp32", 0.05).failures
     worse[4:] = True
-    judged = _judged(report, {"fp32": right, "int8": worse}, 0.005)
+    judged = judge(report, {"fp32": right, "int8": worse}, "fp32", 0.005)
     assert not judged.failures
     assert judged.accuracy == 0.996
-    assert Bundle.open(exported).variant("int8").parity["accuracy"] > 0.3
+    parity = Bundle.open(exported).variant("int8").parity
+    assert parity["accuracy"] > 0.3
+    assert parity["maximum_drop"] == 0.05
 
 
 def test_a_bundle_is_verified_again(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(exported), str(MINILM), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [stage["stage"] for stage in found["stages"]] == ["network", "fp32", "int8"]
-    assert main(["verify", str(exported), "--eval", str(exported.parent / "rows.jsonl")]) == 0
-    assert "all gates hold" in capsys.readouterr().out
+    rows = exported.parent / "rows.jsonl"
+    for more in ([], [str(MINILM)]):
+        assert main(["verify", str(exported), *more, "--eval", str(rows), "--json"]) == 0
+        stages = json.loads(capsys.readouterr().out)["stages"]
+        recorded = Bundle.open(exported).variant("int8").parity["accuracy"]
+        assert {stage["accuracy"] for stage in stages if stage["stage"] == "int8"} == {recorded}
     # Of another checkpoint than it was made of: the vectors differ.
     assert main(["verify", str(exported), str(MINI / "checkpoint")]) == 1
     assert "FAILED: cosine" in capsys.readouterr().out
+    # Without an fp32 graph the goldens are held against, from a zip too.
     copy = tmp_path / "copy"
     shutil.copytree(exported, copy)
+    archive = shutil.make_archive(str(tmp_path / "mini"), "zip", MINI / "bundle")
+    assert main(["verify", archive, "--json"]) == 0
+    assert [(s["stage"], s["against"]) for s in json.loads(capsys.readouterr().out)["stages"]] == [("int8", "goldens")]
+    (tmp_path / "none.jsonl").write_text('{"task": "bake bread", "agent": "none"}\n')
+    assert main(["verify", str(exported), "--eval", str(tmp_path / "none.jsonl")]) == 1
+    assert "out of scope" in capsys.readouterr().err
     data = bytearray((copy / "model.int8.bin").read_bytes())
     data[len(data) // 2] ^= 255
     (copy / "model.int8.bin").write_bytes(data)
     assert main(["verify", str(copy)]) == 1
 
 
-def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="limits the size of files as a full disk would")
+def test_a_full_disk_and_an_interrupt_leave_nothing(tmp_path: Path) -> None:
+    """Half-way: the fp32 graph is over the limit, and the interrupt comes once the work folder is there."""
+    import resource
 
-    monkeypatch.setattr("export.bundle.run_graph", interrupt)
-    assert main(["bundle", str(MINILM), "--out", str(tmp_path / "out"), "--quiet"]) == 130
-    monkeypatch.setattr(
-        "export.bundle.run_graph", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    command = [sys.executable, "-m", "export.cli", "bundle", str(MINILM), "--out", str(tmp_path / "out"), "--quiet"]
+    full = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000_000, 30_000_000)),
     )
-    assert main(["bundle", str(MINILM), "--out", str(tmp_path / "out"), "--quiet"]) == 1
+    assert full.returncode == 1
+    assert "Traceback" not in full.stderr
+    assert full.stderr.startswith("ruvltra-export: ")
+    assert list(tmp_path.iterdir()) == []
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.iterdir()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, "interrupted" in errors) == (130, True), errors
     assert list(tmp_path.iterdir()) == []
 
 
