@@ -219,7 +219,7 @@ VARIANTS: dict[str, Variant] = {
     "int8-weights": Variant(
         "int8 weights in blocks of 128, float32 activations, int8 embedding rows",
         0.998,
-        0.995,
+        0.99,
         weights_only(8, 128, False),
     ),
     "int8-int4-weights": Variant(
