@@ -22,8 +22,8 @@ from edge.doctor import examine
 from export.checkpoint import Checkpoint
 from export.cli import main
 from export.errors import ToolchainError
-from export.onnx import operators
-from export.parity import Inputs, Reference, Report, judge, parity_texts, run_network
+from export.onnx import operators, quiet
+from export.parity import Inputs, Reference, Report, judge, parity_texts, run_graph, run_network
 from export.toolchain import check_toolchain
 from export.variants import VARIANTS
 from tests.conftest import MINI, ROOT
@@ -284,6 +284,18 @@ def test_a_full_disk_and_an_interrupt_leave_nothing(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, "interrupted" in errors) == (130, True), errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_exceptions_of_the_tools_are_named_by_their_stage(exported: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes((exported / "model.int8.onnx").read_bytes()[:1000])
+    with pytest.raises(ToolchainError, match=r"running model\.onnx failed \(InvalidProtobuf"):
+        run_graph(path)
+    ids = np.full((1, 3), 10**6)
+    with pytest.raises(ToolchainError, match=r"running model\.int8\.onnx failed.*leave the variant out"):
+        run_graph(exported / "model.int8.onnx")(ids, np.ones_like(ids))
+    with pytest.raises(OSError, match="no space"), quiet("a stage"):  # the user's to mend, and said so
+        raise OSError("no space")
 
 
 def test_an_untested_tool_is_named_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
