@@ -25,6 +25,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import onnxruntime as ort
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -33,6 +34,7 @@ from edge.evaluate import OUT_OF_SCOPE, read_labelled
 from edge.router import Router
 from export.bundle import Gates, Identity, build_bundle
 from export.checkpoint import load_checkpoint
+from export.generator import next_tokens
 from export.parity import table
 from export.variants import VARIANTS
 
@@ -131,16 +133,16 @@ def causal(path: Path, llama: str | None) -> None:
         print(f"exported with its generator in {seconds:.0f} s, peak {peak():.1f} GB")
         vectors = Encoder.load(bundle, variant="fp32").encode(texts)
         cosines, equal = [], 0
-        from export.generator import next_tokens
-
         generator = bundle.generators[0]
+        session = ort.InferenceSession(Path(name, "bundle", generator.model.file))
+        sizes = (generator.layers, generator.kv_heads, generator.head_dim)
         for text, vector in zip(texts, vectors, strict=True):
             ids = torch.tensor([checkpoint.tokenize([text])[0]])
             with torch.no_grad():
                 said = network(ids, output_hidden_states=True)
             state = torch.nn.functional.normalize(said.hidden_states[-1][0, -1], dim=0).numpy()
             cosines.append(float(vector @ state))
-            found = next_tokens(Path(name, "bundle", generator.model.file), generator, ids[0].tolist(), 1)
+            found = next_tokens(session, ids[0].tolist(), *sizes, 1)
             equal += found == [int(said.logits[0, -1].argmax())]
         print(f"cosine to transformers' own dequantised model, {len(texts)} texts: min {min(cosines):.7f}")
         print(f"the same next token: {equal} of {len(texts)}")

@@ -103,7 +103,9 @@ class Checkpoint:
             self.tokenizer.no_truncation()
 
 
-def load_checkpoint(source: str | Path, *, pooling: str | None = None, max_length: int | None = None) -> Checkpoint:
+def load_checkpoint(
+    source: str | Path, *, pooling: str | None = None, max_length: int | None = None, quiet: bool = True
+) -> Checkpoint:
     """Load a checkpoint in fp32: a Hugging Face or sentence-transformers folder, or a GGUF file.
 
     ``modules.json`` (sentence-transformers) is honoured where it exists. Without it, encoders are
@@ -117,6 +119,7 @@ def load_checkpoint(source: str | Path, *, pooling: str | None = None, max_lengt
         source: Folder or file.
         pooling: One of ``export.wrapper.POOLING``, where the checkpoint states none.
         max_length: A limit on tokens, at most the checkpoint's.
+        quiet: No progress bar while the tensors of a GGUF file are read.
 
     Raises:
         CheckpointError: A file is missing or broken, weights and config disagree, or the model is
@@ -126,7 +129,7 @@ def load_checkpoint(source: str | Path, *, pooling: str | None = None, max_lengt
     if pooling is not None and pooling not in POOLING:
         raise CheckpointError(f"unknown pooling {pooling!r}. Use one of: {', '.join(POOLING)}.")
     if source.is_file():
-        checkpoint = _load_gguf(source, pooling)
+        checkpoint = _load_gguf(source, pooling, quiet)
     elif source.is_dir():
         checkpoint = _load_folder(source, pooling)
     elif len(source.parts) == 2 and not source.parts[0].startswith((".", "/", "~")):
@@ -169,23 +172,21 @@ def _from_hub(name: str) -> Path:
         ) from None
 
 
-def _load_gguf(path: Path, pooling: str | None) -> Checkpoint:
-    file = GgufFile(path)
-    tokenizer = tokenizer_of(file)
-    network = load_network(file)
-    stated = pooling_of(file)
-    causal = file.architecture in ("llama", "qwen2")
-    if stated is not None and pooling is not None and stated != pooling:
-        raise CheckpointError(f"{path}: states the pooling {stated!r}. Leave --pooling out.")
-    chosen = stated or pooling or ("lasttoken" if causal else "mean")
-    backbone = network.model if causal else network
+def _load_gguf(path: Path, pooling: str | None, quiet: bool) -> Checkpoint:
+    with GgufFile(path) as file:
+        tokenizer = tokenizer_of(file)
+        stated = pooling_of(file)
+        if stated is not None and pooling is not None and stated != pooling:
+            raise CheckpointError(f"{path}: states the pooling {stated!r}. Leave --pooling out.")
+        network = load_network(file, "" if quiet else f"load {path.name}")
+    causal = _is_causal(network)
     return Checkpoint(
         path,
-        backbone,
+        network.model if causal else network,
         tokenizer,
         int(network.config.max_position_embeddings),
         None,
-        pooling=(chosen,),
+        pooling=(stated or pooling or ("lasttoken" if causal else "mean"),),
         language_model=network if causal else None,
     )
 

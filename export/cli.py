@@ -348,7 +348,9 @@ def _bundle(options: argparse.Namespace) -> int:
     # Asked before a large checkpoint is loaded, and again with it.
     check_arguments(options.out, variants=variants, labelled=labelled, gates=gates, replace=options.force)
     reports = build_bundle(
-        load_checkpoint(options.checkpoint, pooling=options.pooling, max_length=options.max_length),
+        load_checkpoint(
+            options.checkpoint, pooling=options.pooling, max_length=options.max_length, quiet=options.quiet
+        ),
         options.out,
         identity=Identity(
             name=options.name or (origin.name if origin else name),
@@ -380,7 +382,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     bundle = Bundle.open(options.bundle)
     labelled = read_labelled(options.eval, [agent.name for agent in bundle.agents]) if options.eval else []
-    checks, reports = verify(options.bundle, options.checkpoint, labelled)
+    checks, reports = verify(options.bundle, options.checkpoint, labelled, options.json)
     failed = [check for check in checks if not check.ok]
     holds = not failed and not any(report.failures for report in reports)
     if options.json:
@@ -399,7 +401,8 @@ def _inspect(options: argparse.Namespace) -> int:
     _require_toolchain()
     from export.gguf import GgufFile, summary
 
-    found = summary(GgufFile(options.file))
+    with GgufFile(options.file) as file:
+        found = summary(file)
     if options.json:
         print(json.dumps(found))
         return 0

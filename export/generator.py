@@ -12,13 +12,12 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from edge.bundle import Generator
 from export.checkpoint import Checkpoint
 from export.errors import ParityError, ToolchainError
 from export.onnx import quiet, save_with_weights
 from export.parity import parity_texts
 
-_STEPS = 4  # tokens generated one by one, each from the cache of the ones before
+STEPS = 4  # tokens generated one by one, each from the cache of the ones before
 
 
 def export_generator(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
@@ -57,45 +56,52 @@ def export_generator(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     wanted |= {f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")}
     if names != wanted:
         raise ToolchainError(f"the generator's inputs are {sorted(names)[:4]} ... Install the tested optimum-onnx.")
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    texts = parity_texts("tasks")
-    rows = checkpoint.tokenize(texts, 64)
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    equal = [
-        _graph_tokens(session, row, layers, int(config.num_key_value_heads), head_dim) == _network_tokens(network, row)
-        for row in rows
-    ]
-    if not all(equal):
-        raise ParityError(
-            f"the generator gives other next tokens than the network for {texts[equal.index(False)]!r}. No bundle was "
-            "written.",
-            f"generator: {sum(equal)} of {len(equal)} texts give the same {_STEPS} tokens",
-        )
     end = config.eos_token_id
-    return {
+    entry: dict[str, Any] = {
         "id": "fp32",
         "model": path.name,
         "weights": path.with_suffix(".bin").name,
         "precision": "float32 weights and activations",
         "layers": layers,
         "kv_heads": int(config.num_key_value_heads),
-        "head_dim": head_dim,
+        "head_dim": int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
         "end_ids": [] if end is None else [end] if isinstance(end, int) else list(end),
-        "parity": {"texts": len(texts), "tokens_a_text": _STEPS, "equal": 1.0},
     }
+    texts, different = prove_generator(checkpoint, path, layers, entry["kv_heads"], entry["head_dim"])
+    if different:
+        raise ParityError(
+            f"the generator gives other next tokens than the network for {different[0]!r}. No bundle was written. "
+            "Leave --task generate out.",
+            f"generator: {texts - len(different)} of {texts} texts give the same {STEPS} tokens",
+        )
+    return entry | {"parity": {"texts": texts, "tokens_a_text": STEPS, "equal": 1.0}}
 
 
-def next_tokens(path: Path, generator: Generator, row: list[int], count: int) -> list[int]:
-    """The greedy next tokens of a bundle's generating graph, each step fed with the last token and the cache."""
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return _graph_tokens(session, row, generator.layers, generator.kv_heads, generator.head_dim, count)
+def prove_generator(
+    checkpoint: Checkpoint, path: Path, layers: int, kv_heads: int, head_dim: int
+) -> tuple[int, list[str]]:
+    """Hold a generating graph against the network: greedy tokens of the exporter's tasks, step by step.
+
+    Returns:
+        How many texts there were, and those for which the tokens differ.
+    """
+    texts = parity_texts("tasks")
+    with quiet("running the generating graph"):
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return len(texts), [
+            text
+            for text, row in zip(texts, checkpoint.tokenize(texts, 64), strict=True)
+            if next_tokens(session, row, layers, kv_heads, head_dim, STEPS)
+            != _network_tokens(checkpoint.language_model, row)
+        ]
 
 
-def _graph_tokens(
-    session: ort.InferenceSession, row: list[int], layers: int, heads: int, width: int, count: int = _STEPS
+def next_tokens(
+    session: ort.InferenceSession, row: list[int], layers: int, kv_heads: int, head_dim: int, count: int
 ) -> list[int]:
+    """The ``count`` greedy next tokens of a generating graph, each step fed with the last token and the cache."""
     past: dict[str, NDArray[np.float32]] = {
-        f"past_key_values.{i}.{kind}": np.zeros((1, heads, 0, width), dtype=np.float32)
+        f"past_key_values.{i}.{kind}": np.zeros((1, kv_heads, 0, head_dim), dtype=np.float32)
         for i in range(layers)
         for kind in ("key", "value")
     }
@@ -119,7 +125,7 @@ def _graph_tokens(
 def _network_tokens(network: Any, row: list[int]) -> list[int]:
     """The same by the network, which reads the whole text anew at each step."""
     ids = torch.tensor([row])
-    for _ in range(_STEPS):
+    for _ in range(STEPS):
         following = network(input_ids=ids).logits[0, -1].argmax()
         ids = torch.cat([ids, following[None, None]], dim=1)
     return [int(token) for token in ids[0, len(row) :]]

@@ -6,10 +6,11 @@ is trusted: every count is held against the bytes that are left before anything 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import no_init_weights
 
 from export.backbones import Backbone
@@ -64,7 +66,10 @@ class Tensor:
 
 
 class GgufFile:
-    """An opened GGUF file. The header is read at once; a tensor when it is asked for.
+    """An opened GGUF file. The header is read at once; a tensor when it is asked for, until it is closed.
+
+    Metadata are read by their kind (``text``, ``flag``, ``whole`` ...), which raise CheckpointError where
+    the file has a value of another kind.
 
     Attributes:
         path: The file.
@@ -120,11 +125,70 @@ class GgufFile:
                 )
             self.tensors[name] = Tensor(name, shape, kind, start + offset, size)
 
+    def __enter__(self) -> GgufFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(BufferError):  # an exception on its way may hold a view; it goes with it
+            self._data.close()
+
     @property
     def architecture(self) -> str:
         """Value of ``general.architecture``, or an empty string."""
-        value = self.metadata.get("general.architecture", "")
-        return value if isinstance(value, str) else ""
+        return self.text("general.architecture")
+
+    def text(self, key: str, default: str = "") -> str:
+        """A string."""
+        value = self.metadata.get(key, default)
+        if not isinstance(value, str):
+            raise self._unfit(key, value, "a text")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.metadata.get(key, default)
+        if not isinstance(value, bool):
+            raise self._unfit(key, value, "true or false")
+        return value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number above 0; without a default the key is needed."""
+        value = self.metadata.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._unfit(key, value, "a whole number above 0")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0; without a default the key is needed."""
+        value = self.metadata.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise self._unfit(key, value, "a number above 0")
+        return float(value)
+
+    def texts(self, key: str) -> list[str]:
+        """An array of strings; empty where the key is absent."""
+        value = self.metadata.get(key, [])
+        if not isinstance(value, list):
+            raise self._unfit(key, value, "an array of texts")
+        return value
+
+    def numbers(self, key: str) -> NDArray[Any] | None:
+        """An array of numbers; None where the key is absent."""
+        value = self.metadata.get(key)
+        if value is not None and not isinstance(value, np.ndarray):
+            raise self._unfit(key, value, "an array of numbers")
+        return value
+
+    def token(self, key: str, count: int) -> int | None:
+        """An id of one of ``count`` tokens; None where the key is absent."""
+        value = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count):
+            raise self._unfit(f"tokenizer.ggml.{key}_token_id", value, f"the id of one of {count} tokens")
+        return value
+
+    def _unfit(self, key: str, value: object, wanted: str) -> CheckpointError:
+        shown = "missing" if value is None else repr(value)[:60]
+        return CheckpointError(f"{self.path}: {key} is {shown}, not {wanted}. {_COPY_AGAIN}")
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor as float32, dequantised by the ``gguf`` package.
@@ -235,17 +299,20 @@ class _Cursor:
 
 
 def summary(file: GgufFile) -> dict[str, Any]:
-    """What ``ruvltra-export inspect`` shows, ready for JSON."""
+    """What ``ruvltra-export inspect`` shows, ready for JSON.
+
+    Raises:
+        CheckpointError: A value is of another kind than its key says.
+    """
     own = f"{file.architecture}."
     sizes = {key.removeprefix(own): value for key, value in file.metadata.items() if key.startswith(own)}
     types: dict[str, int] = {}
     for tensor in file.tensors.values():
         types[tensor.type.name] = types.get(tensor.type.name, 0) + 1
-    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
     return {
         "file": str(file.path),
-        "name": str(file.metadata.get("general.name", "")),
-        "licence": str(file.metadata.get("general.license", "")),
+        "name": file.text("general.name"),
+        "licence": file.text("general.license"),
         "architecture": file.architecture,
         "supported": file.architecture in ARCHITECTURES,
         "parameters": sum(math.prod(tensor.shape) for tensor in file.tensors.values()),
@@ -253,10 +320,10 @@ def summary(file: GgufFile) -> dict[str, Any]:
         "sizes": {key: value for key, value in sizes.items() if isinstance(value, (int, float, str))},
         "types": types,
         "tokenizer": {
-            "model": str(file.metadata.get("tokenizer.ggml.model", "none")),
-            "pre": str(file.metadata.get("tokenizer.ggml.pre", "none")),
-            "tokens": len(tokens),
-            "merges": len(file.metadata.get("tokenizer.ggml.merges", [])),
+            "model": file.text("tokenizer.ggml.model", "none"),
+            "pre": file.text("tokenizer.ggml.pre", "none"),
+            "tokens": len(file.texts("tokenizer.ggml.tokens")),
+            "merges": len(file.texts("tokenizer.ggml.merges")),
         },
         "tensors": [
             {"name": t.name, "shape": list(t.shape), "type": t.type.name, "bytes": t.bytes}
@@ -308,7 +375,7 @@ _NOMIC = {
 }
 _NAMES = {"llama": _DECODER, "qwen2": _DECODER, "bert": _BERT, "nomic-bert": _NOMIC}
 ARCHITECTURES = tuple(_NAMES)
-# Frequencies of a scaled rotary embedding; no weights of the network.
+# What the frequencies of a scaled rotary embedding are divided by; no weights of the network.
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -340,14 +407,14 @@ def load_network(file: GgufFile, progress: str = "") -> Backbone:
                 "version knows it. Export the model's Hugging Face folder instead."
             )
         values = file.read(name)
-        if file.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
-            heads = network.config.num_attention_heads if ".attn_q." in name else network.config.num_key_value_heads
-            values = _unpermute(values, heads)
         if values.shape != shapes[target]:
             raise CheckpointError(
                 f"{file.path}: the tensor {name!r} has the shape {values.shape}, but the metadata want "
                 f"{shapes[target]}. {_COPY_AGAIN}"
             )
+        if file.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
+            heads = network.config.num_attention_heads if ".attn_q." in name else network.config.num_key_value_heads
+            values = _unpermute(values, heads)
         state[target] = torch.from_numpy(values)
     if "lm_head.weight" in shapes and "lm_head.weight" not in state and network.config.tie_word_embeddings:
         state["lm_head.weight"] = state.get("model.embed_tokens.weight", torch.empty(0))
@@ -358,9 +425,6 @@ def load_network(file: GgufFile, progress: str = "") -> Backbone:
             "whole model; a split one has to be merged first (llama-gguf-split --merge)."
         )
     network.load_state_dict(state, assign=True)
-    if _ROPE_FACTORS in file.tensors:
-        rotary = network.model.rotary_emb
-        rotary.inv_freq = rotary.inv_freq / torch.from_numpy(file.read(_ROPE_FACTORS))
     return network.eval()
 
 
@@ -371,9 +435,9 @@ def pooling_of(file: GgufFile) -> str | None:
         CheckpointError: It states one that gives no embeddings (a reranker's, for example).
     """
     value = file.metadata.get(f"{file.architecture}.pooling_type")
-    if value is None or value == 0:
+    if value is None or (isinstance(value, int) and value == 0):
         return None
-    pooling = {1: "mean", 2: "cls", 3: "lasttoken"}.get(value)
+    pooling = {1: "mean", 2: "cls", 3: "lasttoken"}.get(value) if isinstance(value, int) else None
     if pooling is None:
         raise CheckpointError(f"{file.path}: pooling type {value!r} gives no embeddings. Give an embedding model.")
     return pooling
@@ -407,6 +471,8 @@ class _Sizes:
         self.inner = self.whole("feed_forward_length")
         self.heads = self.whole("attention.head_count")
         self.positions = self.whole("context_length")
+        self.kv_heads = self.whole("attention.head_count_kv", self.heads)
+        self.head_dim = self.whole("attention.key_length", max(1, self.hidden // self.heads))
         embedding, up = file.tensors.get("token_embd.weight"), file.tensors.get("blk.0.ffn_up.weight")
         if embedding is None or up is None or len(embedding.shape) != 2:
             raise CheckpointError(f"{file.path}: lacks token_embd.weight or blk.0.ffn_up.weight. {_COPY_AGAIN}")
@@ -425,96 +491,128 @@ class _Sizes:
                 raise CheckpointError(
                     f"{file.path}: {file.architecture}.{key} is {said}, but the tensors say {seen}. {_COPY_AGAIN}"
                 )
-        if self.hidden % self.heads:
-            raise CheckpointError(f"{file.path}: {self.heads} heads do not divide {self.hidden} values. {_COPY_AGAIN}")
+        for part, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
+            matrix = file.tensors.get(f"blk.0.attn_{part}.weight")  # absent where the three are one
+            if matrix is not None and matrix.shape[0] != heads * self.head_dim:
+                raise CheckpointError(
+                    f"{file.path}: {heads} heads of {self.head_dim} values do not fit the {matrix.shape[0]} rows of "
+                    f"{matrix.name}. {_COPY_AGAIN}"
+                )
+        if self.heads % self.kv_heads or self.hidden % self.heads:
+            raise CheckpointError(
+                f"{file.path}: {self.heads} heads do not divide {self.hidden} values, or are no multiple of the "
+                f"{self.kv_heads} of keys. {_COPY_AGAIN}"
+            )
         if not 1 <= self.positions <= 1 << 24:
             raise CheckpointError(f"{file.path}: a context of {self.positions} tokens is absurd. {_COPY_AGAIN}")
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number above zero."""
-        value = self._file.metadata.get(f"{self._file.architecture}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(
-                f"{self._file.path}: {self._file.architecture}.{key} is {value!r}, not a whole number above 0. "
-                f"{_COPY_AGAIN}"
-            )
-        return value
+        """A whole number above 0 of the architecture's own."""
+        return self._file.whole(f"{self._file.architecture}.{key}", default)
 
     def real(self, key: str, default: float | None = None) -> float:
-        """A finite number above zero."""
-        value = self._file.metadata.get(f"{self._file.architecture}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise CheckpointError(
-                f"{self._file.path}: {self._file.architecture}.{key} is {value!r}, not a number above 0. {_COPY_AGAIN}"
-            )
-        return float(value)
+        """A number above 0 of the architecture's own."""
+        return self._file.real(f"{self._file.architecture}.{key}", default)
+
+
+def _check_rotary(file: GgufFile, head_dim: int) -> None:
+    """Raise CheckpointError for kinds of rotary embedding that the networks here do not have."""
+    own = f"{file.architecture}.rope."
+    turned = file.whole(f"{own}dimension_count", head_dim)
+    kind, linear = file.text(f"{own}scaling.type", "none"), file.real(f"{own}scale_linear", 1.0)
+    if turned != head_dim or kind != "none" or linear != 1:
+        raise CheckpointError(
+            f"{file.path}: rotary embeddings of {turned} among {head_dim} values, scaled by {kind!r} and {linear}, are "
+            "not supported for GGUF files, only unscaled ones of all values. Export the model's Hugging Face folder "
+            "instead."
+        )
+
+
+def _rope_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:
+    """What transformers calls the scaling that the file holds as factors; None where it holds none.
+
+    Llama 3's is the one that occurs (Llama 3.1 model card): low frequencies are divided by the
+    largest factor, and the rest is known.
+
+    Raises:
+        CheckpointError: The factors are of another kind.
+    """
+    if _ROPE_FACTORS not in file.tensors:
+        return None
+    factors = file.read(_ROPE_FACTORS)
+    known = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    scaling = {"rope_type": "llama3", "factor": float(factors.max(initial=1.0)), **known}
+    config = LlamaConfig(  # type: ignore[no-untyped-call]
+        head_dim=head_dim, rope_theta=theta, max_position_embeddings=1 << 17, rope_scaling=scaling
+    )
+    plain = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    expected = plain / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0].numpy()
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+        raise CheckpointError(
+            f"{file.path}: the factors in {_ROPE_FACTORS} are not those of Llama 3. Export the model's Hugging Face "
+            "folder instead."
+        )
+    return scaling
 
 
 def _empty_network(file: GgufFile) -> Backbone:
     """The network without weights: its memory is not touched before they are put in its place."""
     sizes = _Sizes(file)
-    if file.architecture in ("llama", "qwen2") and file.metadata.get(f"{file.architecture}.attention.causal") is False:
+    if file.architecture in ("llama", "qwen2"):
+        return _decoder(file, sizes)
+    common: dict[str, Any] = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.inner,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "max_position_embeddings": sizes.positions,
+    }
+    eps = sizes.real("attention.layer_norm_epsilon")
+    if file.architecture == "nomic-bert":
+        _check_rotary(file, sizes.head_dim)
+        theta = sizes.real("rope.freq_base", 10000.0)
+        with no_init_weights():
+            return NomicBert(NomicBertConfig(**common, layer_norm_eps=eps, rope_theta=theta))
+    types = file.tensors.get("token_types.weight")
+    config = BertConfig(  # type: ignore[no-untyped-call]
+        **common,
+        layer_norm_eps=eps,
+        type_vocab_size=2 if types is None else types.shape[0],
+        attn_implementation="eager",
+    )
+    with no_init_weights():
+        return BertModel(config, add_pooling_layer=False)  # type: ignore[no-untyped-call]
+
+
+def _decoder(file: GgufFile, sizes: _Sizes) -> Backbone:
+    """A causal language model without weights."""
+    if not file.flag(f"{file.architecture}.attention.causal", True):
         raise CheckpointError(
             f"{file.path}: attention in both directions is not supported for {file.architecture}. Export the model's "
             "Hugging Face folder instead."
         )
-    scaling = file.metadata.get(f"{file.architecture}.rope.scaling.type", "none")
-    if scaling != "none" and _ROPE_FACTORS not in file.tensors:
-        raise CheckpointError(
-            f"{file.path}: rotary embeddings are scaled ({scaling!r}), which is not supported for GGUF files. Export "
-            "the model's Hugging Face folder instead."
-        )
-    make: Callable[[], Backbone]
-    config: Any
-    if file.architecture in ("llama", "qwen2"):
-        decoder, kind = (
-            (LlamaForCausalLM, LlamaConfig) if file.architecture == "llama" else (Qwen2ForCausalLM, Qwen2Config)
-        )
-        values = {
-            "vocab_size": sizes.vocabulary,
-            "hidden_size": sizes.hidden,
-            "intermediate_size": sizes.inner,
-            "num_hidden_layers": sizes.layers,
-            "num_attention_heads": sizes.heads,
-            "num_key_value_heads": sizes.whole("attention.head_count_kv", sizes.heads),
-            "head_dim": sizes.whole("attention.key_length", sizes.hidden // sizes.heads),
-            "max_position_embeddings": sizes.positions,
-            "rms_norm_eps": sizes.real("attention.layer_norm_rms_epsilon"),
-            "rope_theta": sizes.real("rope.freq_base", 10000.0),
-            "tie_word_embeddings": "output.weight" not in file.tensors,
-            "attn_implementation": "eager",
-        }
-        if file.architecture == "llama":
-            values |= {"attention_bias": "blk.0.attn_q.bias" in file.tensors}
-        for key in ("bos", "eos"):
-            values[f"{key}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        config = kind(**values)
-        make = lambda: decoder(config)  # noqa: E731
-    elif file.architecture == "bert":
-        types = file.tensors.get("token_types.weight")
-        config = BertConfig(  # type: ignore[no-untyped-call]
-            vocab_size=sizes.vocabulary,
-            hidden_size=sizes.hidden,
-            intermediate_size=sizes.inner,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads,
-            max_position_embeddings=sizes.positions,
-            type_vocab_size=2 if types is None else types.shape[0],
-            layer_norm_eps=sizes.real("attention.layer_norm_epsilon"),
-            attn_implementation="eager",
-        )
-        make = lambda: BertModel(config, add_pooling_layer=False)  # type: ignore[no-untyped-call]  # noqa: E731
-    else:
-        nomic = NomicBertConfig(
-            vocab_size=sizes.vocabulary,
-            hidden_size=sizes.hidden,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads,
-            intermediate_size=sizes.inner,
-            max_position_embeddings=sizes.positions,
-            layer_norm_eps=sizes.real("attention.layer_norm_epsilon"),
-            rope_theta=sizes.real("rope.freq_base", 10000.0),
-        )
-        make = lambda: NomicBert(nomic)  # noqa: E731
+    _check_rotary(file, sizes.head_dim)
+    theta = sizes.real("rope.freq_base", 10000.0)
+    values: dict[str, Any] = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.inner,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dim,
+        "max_position_embeddings": sizes.positions,
+        "rms_norm_eps": sizes.real("attention.layer_norm_rms_epsilon"),
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(file, theta, sizes.head_dim),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": file.token("bos", sizes.vocabulary),
+        "eos_token_id": file.token("eos", sizes.vocabulary),
+        "attn_implementation": "eager",
+    }
     with no_init_weights():
-        return make()
+        if file.architecture == "qwen2":
+            return Qwen2ForCausalLM(Qwen2Config(**values))  # type: ignore[no-untyped-call]
+        values["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+        return LlamaForCausalLM(LlamaConfig(**values))  # type: ignore[no-untyped-call]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -62,9 +59,10 @@ def tokenizer_of(file: GgufFile) -> Tokenizer:
     vocabulary.add_special(tokenizer)
     first, last = vocabulary.ends()
     if first or last:
-        ends = [(vocabulary.tokens[i], i) for i in (*first, *last)]
-        tokenizer.post_processor = _ends(
-            tokenizer, [t for t, _ in ends[: len(first)]], [t for t, _ in ends[len(first) :]], ends
+        text = vocabulary.tokens
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*(text[i] for i in first), "$A", *(text[i] for i in last)],
+            special_tokens=[(text[i], i) for i in sorted({*first, *last})],
         )
     return tokenizer
 
@@ -74,36 +72,29 @@ class _Vocabulary:
 
     def __init__(self, file: GgufFile) -> None:
         self.path = file.path
-        self._metadata = file.metadata
-        self.kind = str(self.value("model", ""))
-        self.pre = str(self.value("pre", ""))
-        tokens = self.value("tokens", [])
-        if not isinstance(tokens, list) or not tokens:
+        self._file = file
+        self.kind = file.text("tokenizer.ggml.model")
+        self.pre = file.text("tokenizer.ggml.pre")
+        self.tokens = file.texts("tokenizer.ggml.tokens")
+        count = len(self.tokens)
+        if not count:
             raise CheckpointError(f"{file.path}: holds no tokenizer. {_REMEDY}")
-        self.tokens: list[str] = tokens
-        if len(set(tokens)) < len(tokens):
+        if len(set(self.tokens)) < count:
             raise CheckpointError(f"{file.path}: two tokens have the same text. {_REMEDY}")
-        types = self.value("token_type", np.ones(len(tokens), dtype=np.int32))
-        if len(types) != len(tokens):
-            raise CheckpointError(f"{file.path}: {len(tokens)} tokens, but {len(types)} token types. {_REMEDY}")
-        self.types: list[int] = [int(t) for t in types]
-        self.scores = self.value("scores", None)
-        self.merges: list[str] = self.value("merges", [])
+        types = file.numbers("tokenizer.ggml.token_type")
+        if types is not None and len(types) != count:
+            raise CheckpointError(f"{file.path}: {count} tokens, but {len(types)} token types. {_REMEDY}")
+        self.types: list[int] = [1] * count if types is None else types.astype(int).tolist()
+        self.scores = file.numbers("tokenizer.ggml.scores")
+        self.merges = file.texts("tokenizer.ggml.merges")
 
-    def value(self, key: str, default: Any) -> Any:
-        """A value of the metadata's tokenizer part."""
-        return self._metadata.get(f"tokenizer.ggml.{key}", default)
+    def flag(self, key: str, default: bool) -> bool:
+        """What the file says that the tokenizer does."""
+        return self._file.flag(f"tokenizer.ggml.{key}", default)
 
     def id(self, key: str) -> int | None:
         """Id of a special token, or None."""
-        value = self.value(f"{key}_token_id", None)
-        if value is None:
-            return None
-        if not isinstance(value, int) or not 0 <= value < len(self.tokens):
-            raise CheckpointError(
-                f"{self.path}: {key}_token_id is {value!r}, but there are {len(self.tokens)} tokens. {_REMEDY}"
-            )
-        return value
+        return self._file.token(key, len(self.tokens))
 
     def ends(self) -> tuple[list[int], list[int]]:
         """Ids put before and after a text."""
@@ -111,10 +102,19 @@ class _Vocabulary:
             first = self.id("cls") if self.id("cls") is not None else self.id("bos")
             # The key was misspelt for years, and files still carry it.
             last = next((i for key in ("seperator", "sep", "eos") if (i := self.id(key)) is not None), None)
-            return _found("cls", first), _found("sep", last)
-        bos = self.value("add_bos_token", self.kind == "llama" or self.pre in _WHOLE_WORDS_FIRST)
-        eos = self.value("add_eos_token", False)
-        return (_found("bos", self.id("bos")) if bos else []), (_found("eos", self.id("eos")) if eos else [])
+            return self._needed("cls", first), self._needed("sep", last)
+        bos = self.flag("add_bos_token", self.kind == "llama" or self.pre in _WHOLE_WORDS_FIRST)
+        eos = self.flag("add_eos_token", False)
+        return (self._needed("bos", self.id("bos")) if bos else []), (
+            self._needed("eos", self.id("eos")) if eos else []
+        )
+
+    def _needed(self, key: str, value: int | None) -> list[int]:
+        if value is None:
+            raise CheckpointError(
+                f"{self.path}: its tokenizer adds a {key} token to texts, but the file names none. {_REMEDY}"
+            )
+        return [value]
 
     def add_special(self, tokenizer: Tokenizer) -> None:
         """Control tokens, and those that users defined, are found in texts before anything else."""
@@ -125,21 +125,6 @@ class _Vocabulary:
         ]
         tokenizer.add_tokens([token for token in added if not token.special])
         tokenizer.add_special_tokens([token for token in added if token.special])
-
-
-def _found(key: str, value: int | None) -> list[int]:
-    if value is None:
-        raise CheckpointError(f"the tokenizer adds a {key} token to texts, but the file names none. {_REMEDY}")
-    return [value]
-
-
-def _ends(
-    tokenizer: Tokenizer, first: Sequence[str], last: Sequence[str], ids: list[tuple[str, int]]
-) -> processors.PostProcessor:
-    template = processors.TemplateProcessing(single=[*first, "$A", *last], special_tokens=list(dict.fromkeys(ids)))
-    if isinstance(tokenizer.post_processor, processors.ByteLevel):
-        return processors.Sequence([tokenizer.post_processor, template])
-    return template
 
 
 def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
@@ -169,8 +154,8 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
 
 def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     scores = vocabulary.scores
-    if scores is None or len(scores) != len(vocabulary.tokens):
-        raise CheckpointError(f"{vocabulary.path}: lacks a score for each token. {_REMEDY}")
+    if scores is None or len(scores) != len(vocabulary.tokens) or not np.isfinite(scores).all():
+        raise CheckpointError(f"{vocabulary.path}: lacks a finite score for each token. {_REMEDY}")
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
     # SentencePiece merges whatever neighbours give the token of the highest score, so that every way of
     # cutting a token in two is a merge of that token's rank.
@@ -191,7 +176,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
             byte_fallback=True,
         )
     )
-    prefix = bool(vocabulary.value("add_space_prefix", True))
+    prefix = vocabulary.flag("add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
     tail = [decoders.Strip(" ", 1, 0)] if prefix else []

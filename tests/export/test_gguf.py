@@ -21,7 +21,7 @@ from edge import Bundle, Encoder, Router
 from export.checkpoint import load_checkpoint
 from export.cli import main
 from export.errors import CheckpointError
-from export.gguf import _BERT, _DECODER, _NOMIC, GgufFile, load_network
+from export.gguf import _BERT, _DECODER, _NOMIC, GgufFile, load_network, summary
 from export.gguf_tokenizer import tokenizer_of
 from export.nomic import NomicBert, NomicBertConfig
 from export.parity import parity_texts
@@ -349,9 +349,9 @@ def test_damaged_files_are_named_and_nothing_is_written(tmp_path: Path, capsys: 
 
 
 def test_any_flipped_header_byte_is_refused_or_read_without_harm(tmp_path: Path) -> None:
-    """No crash, no other exception, no allocation beyond the file: 300 flips anywhere before the weights."""
+    """No crash, no other exception, no allocation beyond the file: flips anywhere before the weights."""
     path = tmp_path / "model.gguf"
-    write(path, "bert")
+    write(path, "llama")
     sound = path.read_bytes()
     end = min(tensor.offset for tensor in GgufFile(path).tensors.values())
     generator = np.random.default_rng(8)
@@ -363,7 +363,99 @@ def test_any_flipped_header_byte_is_refused_or_read_without_harm(tmp_path: Path)
         data[place] ^= 1 << int(generator.integers(8))
         copy.write_bytes(data)
         try:
-            GgufFile(copy)
+            load_checkpoint(copy)
         except CheckpointError:
             refused += 1
     assert refused > 30
+
+
+def rewrite(path: Path, changes: dict[str, Any], more: dict[str, NDArray[np.float32]] | None = None) -> Path:
+    """A copy of a file with other metadata and further tensors."""
+    file, copy = GgufFile(path), path.with_name("copy.gguf")
+    writer = GGUFWriter(copy, file.architecture)
+    kinds = {
+        bool: gguf.GGUFValueType.BOOL,
+        int: gguf.GGUFValueType.INT32,
+        float: gguf.GGUFValueType.FLOAT32,
+        str: gguf.GGUFValueType.STRING,
+    }
+    for key, value in (file.metadata | changes).items():
+        if key == "general.architecture" and key not in changes:
+            continue
+        writer.kv_data[0].pop(key, None)
+        if isinstance(value, (list, np.ndarray)):
+            writer.add_array(key, list(value) if isinstance(value, list) else value.tolist())
+        else:
+            writer.add_key_value(key, value, kinds[type(value)])
+    for name, tensor in ({name: file.read(name) for name in file.tensors} | (more or {})).items():
+        writer.add_tensor(name, tensor)
+    finish(writer)
+    return copy
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_metadata_of_another_kind_are_refused_or_change_nothing(tmp_path: Path, architecture: str) -> None:
+    """Every key in turn, by every kind of value: no exception but CheckpointError, in inspect neither."""
+    path = tmp_path / "model.gguf"
+    write(path, architecture)
+    keys = list(GgufFile(path).metadata)
+    others: list[Any] = ["odd", -1.5, True, -1, [1, 2], ["a", "b"]]
+    if architecture == "bert":  # its vocabulary takes a while to write
+        keys = ["bert.pooling_type", "bert.attention.causal", "tokenizer.ggml.cls_token_id"]
+        others = ["odd", -1, [1, 2]]
+    refused = 0
+    for key in keys:
+        for other in others:
+            copy = rewrite(path, {key: other})
+            try:
+                with GgufFile(copy) as file:
+                    summary(file)
+                load_checkpoint(copy)
+            except CheckpointError as error:
+                refused += 1
+                assert "copy.gguf" in str(error)  # noqa: PT017 (others are accepted)
+    assert refused > len(keys) * len(others) // 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("llama.rope.dimension_count", 8, "rotary embeddings of 8 among 16 values"),
+        ("llama.rope.scale_linear", 2.0, "are not supported"),
+        ("llama.rope.scaling.type", "yarn", "scaled by 'yarn'"),
+        ("llama.attention.head_count_kv", 1 << 30, "1073741824 heads of 16 values do not fit"),
+        ("llama.attention.head_count_kv", 3, "3 heads of 16 values do not fit"),
+        ("llama.attention.key_length", 1 << 30, "4 heads of 1073741824 values do not fit"),
+        ("llama.attention.causal", False, "attention in both directions"),
+        ("tokenizer.ggml.eos_token_id", 1 << 30, "eos_token_id is 1073741824, not the id of one of"),
+        ("tokenizer.ggml.eos_token_id", -1, "eos_token_id is -1, not the id of one of"),
+    ],
+)
+def test_what_the_network_here_does_not_have_is_refused(tmp_path: Path, key: str, value: object, words: str) -> None:
+    write(tmp_path / "model.gguf", "llama")
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(rewrite(tmp_path / "model.gguf", {key: value}))
+
+
+def test_llama_3_factors_of_the_rotary_embedding_are_carried(tmp_path: Path) -> None:
+    """Into the network, and into the generating graph, which the export proves token by token."""
+    path = tmp_path / "model.gguf"
+    write(path, "llama")
+    scaled = rewrite(path, {"llama.rope.freq_base": 5e5}, {"rope_freqs.weight": llama_3(5e5)})
+    checkpoint = load_checkpoint(scaled)
+    found = checkpoint.backbone.rotary_emb.inv_freq.numpy()
+    np.testing.assert_allclose(found, 5e5 ** -(np.arange(0, 16, 2) / 16) / llama_3(5e5), rtol=1e-5)
+    assert llama_3(5e5).max() > 7.9
+    arguments = ["--variants", "fp32", "--task", "generate", "--quiet"]
+    assert main(["bundle", str(scaled), "--out", str(tmp_path / "bundle"), *arguments]) == 0
+    assert main(["verify", str(tmp_path / "bundle"), str(scaled)]) == 0
+    for wrong in (llama_3(5e5)[:5], llama_3(5e5) * 2, np.full(8, 3, np.float32)):
+        with pytest.raises(CheckpointError, match="not those of Llama 3"):
+            load_checkpoint(rewrite(path, {"llama.rope.freq_base": 5e5}, {"rope_freqs.weight": wrong}))
+
+
+def llama_3(theta: float) -> NDArray[np.float32]:
+    """The factors that llama.cpp's converter writes for Llama 3.1 with heads of 16 values."""
+    turns = 8192 * theta ** -(np.arange(0, 16, 2) / 16) / (2 * np.pi)  # within the original context
+    smooth = np.clip((turns - 1) / (4 - 1), 0, 1)
+    return (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)
