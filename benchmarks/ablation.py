@@ -57,7 +57,7 @@ def steps(recipe: Recipe) -> list[Step]:
         Step("+ mined hard negatives", {"in_batch_negatives": True, "hard_negatives": True}, train.hard_negatives),
         Step("+ reward weighting", {"reward_weight": train.reward_weight or 0.5}, train.reward_weight > 0),
         Step("+ layer-wise rates", {"layer_decay": 0.85}, train.layer_decay < 1),
-        Step("+ averaged weights", {"average": train.average or 0.998}, train.average > 0),
+        Step("+ averaged weights", {"average": train.average or 0.98}, train.average > 0),
         Step("+ commit subjects", {}, commits=True),
         Step(
             "+ soft labels",
