@@ -79,6 +79,12 @@ class Checkpoint:
         """Number of values of an embedding."""
         return self.encoder().dim
 
+    @property
+    def padding(self) -> int:
+        """Id of padding; 0 where the configuration states none that the embedding has."""
+        stated = getattr(self.backbone.config, "pad_token_id", None)
+        return int(stated) if stated is not None and 0 <= stated < self.backbone.config.vocab_size else 0
+
     def encoder(self) -> SentenceEncoder:
         """The network from token ids to unit vectors; it shares the checkpoint's weights."""
         return SentenceEncoder(self.backbone, self.pooling, self.dense)

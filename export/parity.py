@@ -136,12 +136,9 @@ class Inputs:
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> Inputs:
         """Padding comes on the left as well where a network numbers its positions by the mask."""
-        config = checkpoint.backbone.config
-        sides = ("right",) if config.model_type in ("bert", "distilbert") else ("right", "left")
-        padding = getattr(config, "pad_token_id", None)
-        if padding is None or not 0 <= padding < config.vocab_size:
-            padding = 0
-        return cls.of(checkpoint.tokenize, checkpoint.max_length, padding, sides)
+        kind = checkpoint.backbone.config.model_type
+        sides = ("right",) if kind in ("bert", "distilbert") else ("right", "left")
+        return cls.of(checkpoint.tokenize, checkpoint.max_length, checkpoint.padding, sides)
 
     @classmethod
     def of_goldens(cls, goldens: Sequence[Golden]) -> Inputs:
