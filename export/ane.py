@@ -111,7 +111,7 @@ class AneEncoder(nn.Module):
         hidden = self.norm(hidden + (self.positions + self.types)[..., : input_ids.shape[1]])
         for layer in self.layers:
             hidden = layer(hidden, additive)
-        return unit(pooled(hidden, weights)).flatten(1)
+        return unit(pooled(hidden, weights)).squeeze(3).squeeze(2)
 
 
 class AneLayer(nn.Module):
