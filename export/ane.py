@@ -108,10 +108,12 @@ class AneEncoder(nn.Module):
         additive = ((1.0 - weights) * MASKED).transpose(1, 3)  # (1, tokens, 1, 1): keys are an axis of their own
         # The one place where the layout changes: the table is looked up by row.
         hidden = self.words(input_ids).transpose(1, 2)[:, :, None, :]
-        hidden = self.norm(hidden + (self.positions + self.types)[..., : input_ids.shape[1]])
+        hidden = self.norm(hidden + self.positions[..., : input_ids.shape[1]] + self.types)
         for layer in self.layers:
             hidden = layer(hidden, additive)
-        return unit(pooled(hidden, weights)).squeeze(3).squeeze(2)
+        # Divided before it is summed, so that fp16 holds the sum of a long text as well.
+        pooled = (hidden * (weights / weights.sum(-1, keepdim=True))).sum(-1, keepdim=True)
+        return unit(pooled).squeeze(3).squeeze(2)
 
 
 class AneLayer(nn.Module):
@@ -158,14 +160,6 @@ class ChannelNorm(nn.Module):
         centred = x - x.mean(1, keepdim=True)
         variance = (centred * centred).mean(1, keepdim=True)
         return centred * torch.rsqrt(variance + self.epsilon) * self.weight + self.bias
-
-
-def pooled(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(batch, channels, 1, 1) mean of (batch, channels, 1, tokens), by ``weights`` 1 or 0 (batch, 1, 1, tokens).
-
-    Divided before it is summed, so that fp16 holds the sum of a long text as well.
-    """
-    return (hidden * (weights / weights.sum(-1, keepdim=True))).sum(-1, keepdim=True)
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,15 @@ class Operation:
     valued: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """A constant that is held compressed: by which operation, how many values, in how many bytes."""
+
+    operation: str
+    values: int
+    bytes: int
+
+
 Observer: TypeAlias = Callable[[Operation, Arguments, Sequence[Array]], None]
 
 
@@ -75,7 +84,7 @@ class MilProgram:
         inputs: By name.
         outputs: Names.
         operations: In order, constants left out.
-        compressed: Kinds of the constants that are held compressed, by name.
+        compressed: The constants that are held compressed, by name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,7 +104,7 @@ class MilProgram:
         self._types: dict[int, str] = {number: name.lower() for name, number in MIL_pb2.DataType.items()}
         self._weights: dict[str, Array] = {}  # the files of weights
         self._constants: dict[str, Any] = {}
-        self.compressed: dict[str, str] = {}
+        self.compressed: dict[str, Compressed] = {}
         function = self.spec.mlProgram.functions["main"]
         block = function.block_specializations[function.opset]
         self.inputs = {value.name: _input(path, value) for value in self.spec.description.input}
@@ -201,7 +210,8 @@ class MilProgram:
             value = values["val"]
         elif message.type in _COMPRESSED:
             value = _COMPRESSED[message.type](values)
-            self.compressed[result.name] = message.type
+            size = sum(parameter.nbytes for parameter in values.values() if not isinstance(parameter, str))
+            self.compressed[result.name] = Compressed(message.type, value.size, size)
         else:
             raise ToolchainError(
                 f"{self.path}: the compression {message.type!r} is not known to the evaluator. Use another one."

@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 
 from edge.bundle import Golden
 from export.checkpoint import Checkpoint
+from export.errors import ToolchainError
+from export.mil import MilProgram, Mode
 from export.onnx import INPUTS, quiet
 from export.wrapper import SentenceEncoder
 
@@ -257,6 +259,28 @@ def run_graph(path: Path) -> Run:
         with quiet(f"running {path.name}"):
             result: NDArray[np.float32] = session.run(None, dict(zip(INPUTS, (ids, mask), strict=True)))[0]
         return result
+
+    return run
+
+
+def run_package(program: MilProgram, padding: int, mode: Mode = "declared") -> Run:
+    """A CoreML package in the evaluator, each text padded to the shortest shape that holds it.
+
+    Args:
+        program: Of one input of ids and one output of vectors.
+        padding: Id of padding, from which the package makes its mask.
+        mode: How the evaluator holds floats.
+    """
+    (name, taken), (output,) = *program.inputs.items(), program.outputs
+    lengths = sorted(shape[1] for shape in taken.shapes)
+
+    def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        length = next((n for n in lengths if n >= ids.shape[1]), None)
+        if length is None:
+            raise ToolchainError(f"{program.path}: takes {lengths[-1]} tokens, got {ids.shape[1]}. Shorten the text.")
+        rows = np.full((len(ids), length), padding, np.int32)
+        rows[:, : ids.shape[1]] = np.where(mask == 1, ids, padding)
+        return np.concatenate([program.run({name: row[None]}, mode)[output] for row in rows])
 
     return run
 
