@@ -104,8 +104,9 @@ class AneEncoder(nn.Module):
         Returns:
             (1, dim) float32, a unit vector.
         """
-        weights = (input_ids != self.padding).to(self.positions.dtype)[:, None, None, :]  # (1, 1, 1, tokens)
-        additive = ((1.0 - weights) * MASKED).transpose(1, 3)  # (1, tokens, 1, 1): keys are an axis of their own
+        mask = (input_ids != self.padding).to(self.positions.dtype)
+        additive = ((1.0 - mask) * MASKED)[:, :, None, None]  # keys are the second axis of a head's logits
+        weights = mask[:, None, None, :]
         # The one place where the layout changes: the table is looked up by row.
         hidden = self.words(input_ids).transpose(1, 2)[:, :, None, :]
         hidden = self.norm(hidden + self.positions[..., : input_ids.shape[1]] + self.types)
