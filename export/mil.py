@@ -259,7 +259,7 @@ class MilProgram:
             sentinel, kind, length, offset = struct.unpack_from("<IIQQ", header)
             if (sentinel, kind, length) == (0xDEADBEEF, code, size) and offset + size <= len(data):
                 values: Array = data[offset : offset + size].view(stored)
-            return values.reshape(shape)
+                return values.reshape(shape)
         raise ToolchainError(
             f"{self.path}: no weights of type {dtype} and shape {shape} at {blob.offset} of {blob.fileName}. Convert "
             "the model again."
