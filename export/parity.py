@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from edge.bundle import Golden
+from edge.session import NOT_FUSED
 from export.checkpoint import Checkpoint
 from export.errors import ToolchainError
 from export.mil import MilProgram, Mode
@@ -253,7 +254,7 @@ def run_original(checkpoint: Checkpoint) -> Run | None:
 def run_graph(path: Path) -> Run:
     """An ONNX graph, on the CPU."""
     with quiet(f"running {path.name}"):
-        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"], disabled_optimizers=NOT_FUSED)
 
     def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         with quiet(f"running {path.name}"):

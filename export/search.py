@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edge.errors import MissingExtra
+from edge.session import NOT_FUSED
 from export.onnx import INPUTS
 from export.parity import Report
 from export.variants import VARIANTS
@@ -58,7 +59,8 @@ def measure(
     options.intra_op_num_threads = 1
 
     def session(name: str) -> ort.InferenceSession:
-        return ort.InferenceSession(folder / f"model.{name}.onnx", options, providers=["CPUExecutionProvider"])
+        path = folder / f"model.{name}.onnx"
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=NOT_FUSED)
 
     def median(values: list[float]) -> float:
         return 1000 * statistics.median(values[_ROUNDS // 6 :])  # the first rounds warm up

@@ -18,6 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from edge.session import NOT_FUSED
 from export.errors import ToolchainError
 from export.onnx import INPUTS, assert_symbolic, operators, quiet, save_with_weights
 
@@ -307,7 +308,7 @@ def _fused(path: Path, fused: Path) -> onnx.ModelProto:
     options.optimized_model_filepath = str(fused)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", fused.stem + ".data")
     with quiet("ONNX Runtime's fusion"):
-        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=NOT_FUSED)
     graph = onnx.load(fused)
     assert_symbolic(graph)
     return graph
