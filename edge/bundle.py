@@ -73,6 +73,10 @@ class Variant:
         calibrated_on: Name of the labelled data it was fitted on, and of the bundle where that was
             another one; None if it was not fitted, so that confidences are no probabilities.
         parity: The exporter's measurements.
+        lengths: The numbers of tokens that a CoreML package takes, ascending; empty where any does.
+        package: A CoreML package's own list of its files; ``model`` and ``weights`` lie within it, too.
+        compute_units: What a CoreML package is made for, by coremltools' name; None for ``onnx``.
+        minimum_os: The oldest systems that load a CoreML package; None for ``onnx``.
     """
 
     id: str
@@ -84,11 +88,20 @@ class Variant:
     calibration: Mapping[str, Mapping[str, Calibration]]
     calibrated_on: str | None
     parity: Mapping[str, float]
+    lengths: tuple[int, ...]
+    package: File | None
+    compute_units: str | None
+    minimum_os: str | None
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """All of them."""
+        return tuple(file for file in (self.model, self.weights, self.package) if file is not None)
 
     @property
     def bytes(self) -> int:
-        """Size of graph and weights."""
-        return self.model.bytes + (self.weights.bytes if self.weights else 0)
+        """Size of all files."""
+        return sum(file.bytes for file in self.files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,7 +505,20 @@ def _variant(table: _Table) -> Variant:
         },
         calibrated_on=table.string("calibrated_on") if table.values.get("calibrated_on") is not None else None,
         parity={key: table.table("parity").number(key) for key in table.table("parity").values},
+        lengths=_lengths(table),
+        package=None if table.values.get("package") is None else _file(table.table("package")),
+        compute_units=None if table.values.get("compute_units") is None else table.string("compute_units"),
+        minimum_os=None if table.values.get("minimum_os") is None else table.string("minimum_os"),
     )
+
+
+def _lengths(table: _Table) -> tuple[int, ...]:
+    """The tokens of a variant's fixed (batch, tokens) shapes."""
+    shapes = table.items("shapes") if table.values.get("shapes") is not None else []
+    fits = all(isinstance(s, list) and len(s) == 2 and all(type(n) is int and n > 0 for n in s) for s in shapes)
+    if not fits:
+        raise ManifestError(f"{table.where}: 'shapes' must be pairs of whole numbers. {_COPY_AGAIN}")
+    return tuple(sorted(tokens for _, tokens in shapes))
 
 
 def _generator(table: _Table) -> Generator:

@@ -48,8 +48,18 @@ def examine(path: str | Path | None = None) -> Iterator[Check]:
         if variant.runtime == "onnx":
             yield from _examine_variant(bundle, variant)
         else:
+            yield _examine_files(bundle, variant)
             needed = variant.id == bundle.default_variant
             yield Check(f"{variant.id}: skipped", not needed, f"runtime {variant.runtime} does not run here")
+
+
+def _examine_files(bundle: Bundle, variant: Variant) -> Check:
+    try:
+        for file in variant.files:
+            bundle.locate(file)
+    except EdgeError as error:
+        return Check(f"{variant.id}: files", False, str(error))
+    return Check(f"{variant.id}: files", True, f"{variant.bytes / 1e6:.1f} MB match their sha256")
 
 
 def _examine_variant(bundle: Bundle, variant: Variant) -> Iterator[Check]:

@@ -39,10 +39,15 @@ class Encoder:
     it never does.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, tokenizer: Tokenizer | None = None) -> None:
-        """Join a bundle's tokenizer and a back end; :meth:`load` does so with ONNX Runtime."""
+    def __init__(
+        self, bundle: Bundle, backend: Backend, tokenizer: Tokenizer | None = None, lengths: tuple[int, ...] = ()
+    ) -> None:
+        """Join a bundle's tokenizer and a back end; :meth:`load` does so with ONNX Runtime.
+
+        ``lengths`` are the numbers of tokens that the back end takes, ascending; empty where it takes any.
+        """
         self.dim = bundle.encoder.dim
-        self.max_length = bundle.encoder.max_length
+        self.max_length = min(bundle.encoder.max_length, *lengths[-1:]) if lengths else bundle.encoder.max_length
         self._prompt = bundle.encoder.prompt
         self._backend = backend
         self._tokenizer = _load_tokenizer(bundle) if tokenizer is None else tokenizer

@@ -20,16 +20,20 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from edge.agents import Agent
-from edge.bundle import FORMAT, MANIFEST, MANIFEST_DIGEST, Bundle, Calibration, manifest_digest
+from edge.bundle import FORMAT, MANIFEST, MANIFEST_DIGEST, Bundle, Calibration, Variant, manifest_digest
 from edge.bundle import Head as ShippedHead
 from edge.doctor import examine
+from edge.encoder import Encoder
 from edge.errors import InputError
 from edge.evaluate import OUT_OF_SCOPE, Labelled
 from edge.router import Router
+from export.ane import check_supported
 from export.calibrate import UNCALIBRATED, calibrate, routed_rightly
 from export.checkpoint import Checkpoint, Head
+from export.coreml import LENGTHS, MINIMUM_OS, PACKAGES, About, convert
 from export.errors import CheckpointError, ParityError, ToolchainError
 from export.generator import export_generator
+from export.mil import MilProgram
 from export.onnx import export_fp32, weights_path
 from export.parity import (
     NETWORK,
@@ -37,13 +41,16 @@ from export.parity import (
     Inputs,
     Reference,
     Report,
+    RunBackend,
     judge,
     parity_texts,
     run_graph,
     run_network,
     run_original,
+    run_package,
     table,
 )
+from export.residency import measure_residency, require_resident
 from export.search import Measured, measure, pareto, write_card
 from export.variants import VARIANTS
 from export.wrapper import BUNDLE_POOLING
@@ -52,7 +59,11 @@ AUTO = "auto"
 MAXIMUM_DROP = 0.005  # share of labelled tasks that a variant may lose against fp32
 REPORT = "parity.json"
 _GOLDENS = 20
-_TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "optimum-onnx", "tokenizers", "numpy", "gguf")
+_AUTHOR = "ruvltra-edge"
+_TOOLS = (
+    *("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "optimum-onnx", "tokenizers", "numpy", "gguf"),
+    "coremltools",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +115,9 @@ def build_bundle(
         out: Where the bundle shall be.
         identity: Name, version, licence and base model for the manifest.
         agents: The agents to route to. If the checkpoint has a trained head, the same ones.
-        variants: Which graphs to ship, of ``VARIANTS``; the last one is the default. ``auto`` alone
-            measures all of them on this machine, ships those that no other beats in size, time and
-            cosine, and makes the quickest the default.
+        variants: Which graphs and CoreML packages to ship, of ``VARIANTS`` and ``PACKAGES``; the last
+            graph is the default. ``auto`` alone measures all graphs on this machine, ships those that no
+            other beats in size, time and cosine, and makes the quickest the default.
         generate: Ship a generating graph as well; the checkpoint must be a causal language model.
         labelled: Tasks to calibrate on and to judge variants by; without any, confidences are
             marked as uncalibrated.
@@ -128,11 +139,12 @@ def build_bundle(
     gates = gates or Gates({})
     out = Path(os.path.abspath(out))  # noqa: PTH100 ("." needs a name, and resolve() would follow a link)
     check_arguments(out, variants=variants, labelled=labelled, gates=gates, replace=replace)
-    _check(checkpoint, agents, generate, labelled, like)
     search = tuple(variants) == (AUTO,)
-    wanted = tuple(VARIANTS) if search else tuple(variants)
+    wanted = tuple(VARIANTS) if search else tuple(variant for variant in variants if variant in VARIANTS)
+    packages = tuple(variant for variant in variants if variant in PACKAGES)
+    _check(checkpoint, agents, generate, labelled, like, packages)
     reports: list[Report] = []
-    steps = tqdm(total=4 + 2 * len({"fp32", *wanted}) + generate, disable=quiet, unit="step")
+    steps = tqdm(total=4 + 2 * len({"fp32", *wanted, *packages}) + generate, disable=quiet, unit="step")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
 
@@ -164,9 +176,15 @@ def build_bundle(
                 except ToolchainError:
                     if not search:  # a search goes on without what cannot be made
                         raise
+        if packages:
+            network = run_network(checkpoint)
+            reference = Reference(Inputs.of_checkpoint(checkpoint, LENGTHS[-1]), NETWORK, network)
+        for name in packages:
+            step(f"convert {name}")
+            reports.append(_package(reference, name, checkpoint, work, identity, gates))
         if not search:
             _refuse(reports)
-        passed = [r.stage for r in reports if r.stage in VARIANTS and not r.failures]
+        passed = [r.stage for r in reports if r.stage != NETWORK and not r.failures]
         generators = []
         if generate:
             step("export generator")
@@ -195,7 +213,7 @@ def build_bundle(
             step("measure")
             measured = measure(work, passed, reports, rows)
             wanted = pareto(measured)
-        _keep(work, manifest, wanted, reports)
+        _keep(work, manifest, wanted, packages, reports)
         _write_json(work / REPORT, {"stages": [report.document() for report in reports]})
         documents = [REPORT]
         if search:
@@ -210,7 +228,7 @@ def build_bundle(
                     "out, or report it with the file below.",
                     f"FAILED: {check.name}: {check.detail}",
                 )
-        for path in (work, *work.iterdir()):  # temporary files are private; a bundle is not
+        for path in (work, *work.rglob("*")):  # temporary files are private; a bundle is not
             path.chmod(0o755 if path.is_dir() else 0o644)
         _put_in_place(work, out)
         _failure_report(out).unlink(missing_ok=True)
@@ -233,17 +251,22 @@ def check_arguments(
     Raises:
         InputError: ``out`` is taken, or an argument of :func:`build_bundle` makes no sense.
     """
-    known = f"Choose from: {', '.join(VARIANTS)}, or {AUTO} alone."
-    for variant in () if tuple(variants) == (AUTO,) else variants:
-        if variant not in VARIANTS:
+    known = f"Choose from: {', '.join((*VARIANTS, *PACKAGES))}, or {AUTO} alone."
+    asked = () if tuple(variants) == (AUTO,) else variants
+    for variant in asked:
+        if variant not in VARIANTS and variant not in PACKAGES:
             raise InputError(f"unknown variant {variant!r}. {known}")
     if not variants:
         raise InputError(f"no variants asked for. {known}")
+    if asked and not any(variant in VARIANTS for variant in asked):
+        raise InputError(
+            "a bundle of CoreML packages alone runs on Apple's systems only. Add an ONNX variant, int8 say."
+        )
     if len(set(variants)) < len(variants):
         raise InputError("a variant is asked for twice. Name each once; the last one is the default.")
     for variant, bound in gates.minimum_cosine.items():
-        if variant not in VARIANTS:
-            raise InputError(f"a bound is given for {variant!r}, which is no variant. Use: {', '.join(VARIANTS)}.")
+        if variant not in VARIANTS and variant not in PACKAGES:
+            raise InputError(f"a bound is given for {variant!r}, which is no variant. {known}")
         if not -1 <= bound <= 1:
             raise InputError(f"the bound {bound} for {variant} is no cosine. Give a number from -1 to 1.")
     if not 0 <= gates.maximum_drop <= 1:
@@ -259,9 +282,16 @@ def check_arguments(
 
 
 def _check(
-    checkpoint: Checkpoint, agents: Sequence[Agent], generate: bool, labelled: Sequence[Labelled], like: Bundle | None
+    checkpoint: Checkpoint,
+    agents: Sequence[Agent],
+    generate: bool,
+    labelled: Sequence[Labelled],
+    like: Bundle | None,
+    packages: Sequence[str],
 ) -> None:
     """Refuse what does not fit the checkpoint before anything takes time."""
+    if packages:
+        check_supported(checkpoint)
     names = tuple(agent.name for agent in agents)
     if checkpoint.head is not None and checkpoint.head.agents != names:
         raise CheckpointError(
@@ -283,7 +313,7 @@ def _check(
 
 def _bounds(variant: str, gates: Gates) -> tuple[float, float]:
     """Lowest cosine on tasks, and elsewhere; a bound that is lowered lowers the other one with it."""
-    known = VARIANTS[variant]
+    known = VARIANTS.get(variant) or PACKAGES[variant]
     lowest = gates.minimum_cosine.get(variant, known.minimum_cosine)
     return lowest, min(known.elsewhere, lowest)
 
@@ -297,6 +327,25 @@ def _variant(reference: Reference, name: str, fp32: Path, work: Path, rows: list
         if not report.failures:
             break
     return _with_size(report, path)
+
+
+def _package(
+    reference: Reference, name: str, checkpoint: Checkpoint, work: Path, identity: Identity, gates: Gates
+) -> Report:
+    """Convert to a CoreML package, and run what was saved in the evaluator, which needs no Mac."""
+    package = PACKAGES[name]
+    about = About(identity.name, identity.version, identity.licence, _AUTHOR, identity.base_model)
+    made = convert(checkpoint, package.profile, work / f"{name}.mlpackage", about, package.compression)
+    program = MilProgram(work / f"{name}.mlpackage")
+    report = reference.compare(run_package(program), name, *_bounds(name, gates))
+    residency = measure_residency(program, LENGTHS[-1])
+    failures = report.failures
+    if package.profile.resident:
+        try:  # one transpose a layer: the attention's keys
+            require_resident(residency, transposes=int(checkpoint.backbone.config.num_hidden_layers))
+        except ParityError as error:
+            failures += (str(error),)
+    return changed(report, bytes=made.bytes, resident=residency.share, failures=failures)
 
 
 def _with_size(report: Report, path: Path) -> Report:
@@ -318,11 +367,15 @@ def _refuse(reports: Sequence[Report]) -> None:
         )
 
 
-def _keep(work: Path, manifest: dict[str, Any], wanted: Sequence[str], reports: Sequence[Report]) -> None:
+def _keep(
+    work: Path, manifest: dict[str, Any], wanted: Sequence[str], packages: Sequence[str], reports: Sequence[Report]
+) -> None:
     """Leave the wanted variants in the manifest, in their order, with what was measured, and delete the rest."""
     entry_of = {entry["id"]: entry for entry in manifest["variants"]}
     report_of = {report.stage: report for report in reports}
-    manifest["variants"] = [entry_of[name] | {"parity": report_of[name].measurements()} for name in wanted]
+    manifest["variants"] = [
+        entry_of[name] | {"parity": report_of[name].measurements()} for name in (*wanted, *packages)
+    ]
     manifest["default_variant"] = wanted[-1]
     for name in VARIANTS:
         if name not in wanted:
@@ -389,13 +442,7 @@ def _manifest(
         "variants": [
             {
                 "id": variant,
-                "runtime": "onnx",
-                **_listed(folder, f"model.{variant}.onnx"),
-                "weights": _listed(folder, f"model.{variant}.bin"),
-                "precision": VARIANTS[variant].precision,
-                "shapes": None,
-                "compute_units": None,
-                "minimum_os": None,
+                **(_graph_files(folder, variant) if variant in VARIANTS else _package_files(folder, variant)),
                 "minimum_cosine": _bounds(variant, gates)[0],
                 "calibrated_on": None,
                 "calibration": {"trained": uncalibrated, "custom": uncalibrated},
@@ -403,7 +450,7 @@ def _manifest(
             }
             for variant in variants
         ],
-        "default_variant": variants[-1],
+        "default_variant": "fp32",
         "generators": [
             entry | {key: _listed(folder, entry[key]) for key in ("model", "weights")} for entry in generators
         ],
@@ -412,6 +459,33 @@ def _manifest(
         "goldens": _listed(folder, "goldens.json"),
         "documents": [],
         "tools": {name: importlib.metadata.version(name) for name in _TOOLS},
+    }
+
+
+def _graph_files(folder: Path, variant: str) -> dict[str, Any]:
+    return {
+        "runtime": "onnx",
+        **_listed(folder, f"model.{variant}.onnx"),
+        "weights": _listed(folder, f"model.{variant}.bin"),
+        "precision": VARIANTS[variant].precision,
+        "shapes": None,
+        "compute_units": None,
+        "minimum_os": None,
+    }
+
+
+def _package_files(folder: Path, variant: str) -> dict[str, Any]:
+    """A package is a folder; its program, its weights and its own list of files are listed each."""
+    program = f"{variant}.mlpackage/Data/com.apple.CoreML"
+    return {
+        "runtime": "coreml",
+        **_listed(folder, f"{program}/model.mlmodel"),
+        "weights": _listed(folder, f"{program}/weights/weight.bin"),
+        "package": _listed(folder, f"{variant}.mlpackage/Manifest.json"),
+        "precision": PACKAGES[variant].precision,
+        "shapes": [[1, length] for length in LENGTHS],
+        "compute_units": PACKAGES[variant].profile.compute_units,
+        "minimum_os": MINIMUM_OS,
     }
 
 
@@ -431,13 +505,22 @@ def _calibrate(
     fitted = {}
     # The bundle's agents taken as if they were a user's own show what descriptions alone can do.
     hits = np.empty(0, dtype=np.bool_)
-    for kind, own in (("custom", list(bundle.agents)), ("trained", None)):
-        router = Router.load(bundle, variant=entry["id"], agents=own)
+    encoder = _encoder(bundle, bundle.variant(entry["id"]))
+    for kind, head in (("custom", None), ("trained", bundle.head)):
+        router = Router(bundle.agents, UNCALIBRATED, encoder=encoder, head=head)
         signals = [router.signals(row.task) for row in labelled]
         fitted[kind] = calibrate(signals, labelled, names)
         hits = routed_rightly(signals, labelled, names)
     entry["calibration"] = _calibrations({kind: fitted[kind] for kind in ("trained", "custom")})
     return hits
+
+
+def _encoder(bundle: Bundle, variant: Variant) -> Encoder:
+    """The variant's encoder; a CoreML package runs in the evaluator."""
+    if variant.runtime == "onnx":
+        return Encoder.load(bundle, variant=variant.id)
+    package = bundle.path / f"{variant.id}.mlpackage"
+    return Encoder(bundle, RunBackend(run_package(MilProgram(package))), lengths=variant.lengths)
 
 
 def _kind(head: Head | ShippedHead | None) -> tuple[int, bool] | None:

@@ -158,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
         "--variants",
         default="fp32,int8",
         help="comma-separated, of fp32, fp16, int8, int8-static, int8-weights, int8-int4-weights, int4-weights, "
-        "int4-weights-symmetric; the last is the default; or auto, which measures all and keeps the best (fp32,int8)",
+        "int4-weights-symmetric, the last of which is the default, and of the CoreML packages coreml-metal and "
+        "coreml-ane, in half precision or compressed (coreml-ane-int8; palette8, palette6, palette4); or auto, which "
+        "measures all graphs and keeps the best (fp32,int8)",
     )
     bundle.add_argument(
         "--name", help="name in the manifest (default: that of --recipe or --like, or the checkpoint folder's)"

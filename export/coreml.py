@@ -30,7 +30,7 @@ from export.onnx import quiet
 INPUT = "input_ids"
 OUTPUT = "embedding"
 LENGTHS = (16, 32, 64, 128)  # tokens of a text, padded to the next
-MINIMUM_OS = {"ios": "16", "macos": "13"}
+MINIMUM_OS = "iOS 16, macOS 13"
 _SPECIFICATION = 7  # of that minimum
 _REMEDY = "Install the tested coremltools and torch."
 
@@ -43,11 +43,13 @@ class Profile:
         name: As a bundle names its variant.
         compute_units: What an app shall load it for, by coremltools' name; a package cannot hold it itself.
         network: The torch network that is traced: (1, tokens) int32 ids to (1, dim) float32.
+        resident: Whether its hot path is held to what the Neural Engine can run.
     """
 
     name: str
     compute_units: str
     network: Callable[[Checkpoint], nn.Module]
+    resident: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +121,8 @@ class PlainEncoder(nn.Module):
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile("coreml-metal", "CPU_AND_GPU", lambda checkpoint: PlainEncoder(checkpoint).eval()),
-        Profile("coreml-ane", "CPU_AND_NE", AneEncoder.of),
+        Profile("coreml-metal", "CPU_AND_GPU", lambda checkpoint: PlainEncoder(checkpoint).eval(), False),
+        Profile("coreml-ane", "CPU_AND_NE", AneEncoder.of, True),
     )
 }
 # Lowest cosine to the fp32 network on tasks, without compression and with it. Palettes of 4 bits miss theirs: 0.93
@@ -132,6 +134,36 @@ COMPRESSIONS: dict[str, Compression] = {
     "palette8": Compression(8, "constexpr_lut_to_dense"),
     "palette6": Compression(6, "constexpr_lut_to_dense"),
     "palette4": Compression(4, "constexpr_lut_to_dense"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A variant of a bundle that is a CoreML package.
+
+    Attributes:
+        profile: Of ``PROFILES``.
+        compression: Of ``COMPRESSIONS``; None for half precision.
+        minimum_cosine: Lowest cosine to the fp32 network on tasks, in emulated half precision.
+        elsewhere: The same for padded texts and strings that are no tasks.
+        precision: For the manifest.
+    """
+
+    profile: Profile
+    compression: str | None
+    minimum_cosine: float
+    elsewhere: float
+    precision: str
+
+
+# The variants by id: a profile's name, and how weights are held where it is not in half precision.
+PACKAGES: dict[str, Package] = {
+    name: Package(profile, None, MINIMUM_COSINE, 0.99, "float16 weights and activations")
+    for name, profile in PROFILES.items()
+} | {
+    f"{name}-{how}": Package(profile, how, MINIMUM_COSINE_COMPRESSED, 0.97, f"{how} weights, float16 activations")
+    for name, profile in PROFILES.items()
+    for how in COMPRESSIONS
 }
 # Weights of fewer values stay as they are: biases, norms. So do the tables of positions and token types: they are
 # small, are added to every token, and int4 blocks made an error of 57 % in the former.

@@ -54,6 +54,7 @@ class Report:
         failures: What missed its bound, in words; empty if nothing did.
         accuracy: Share of labelled tasks that the vectors alone route rightly, if any were given.
         maximum_drop: Share of them that the stage was allowed to lose against fp32.
+        resident: Share of a CoreML package's multiplications that the Neural Engine can run, statically.
         bytes: Size of graph and weights; 0 where there is no graph.
     """
 
@@ -67,6 +68,7 @@ class Report:
     failures: tuple[str, ...]
     accuracy: float | None = None
     maximum_drop: float | None = None
+    resident: float | None = None
     bytes: int = 0
 
     @property
@@ -79,7 +81,7 @@ class Report:
         values = asdict(self)
         kept = {key: values[key] for key in ("texts", "cosine_min", "cosine_mean", "nearest_agreement")}
         kept |= {"grid_cosine_min": self.grid_min}
-        return kept | {key: values[key] for key in ("accuracy", "maximum_drop") if values[key] is not None}
+        return kept | {key: values[key] for key in ("accuracy", "maximum_drop", "resident") if values[key] is not None}
 
     def document(self) -> dict[str, Any]:
         """Everything, ready for JSON, which has no word for what is not finite: null."""
@@ -137,11 +139,15 @@ class Inputs:
         return cls(texts, [_alone(r) for r in tasks], [_alone(r) for r in tokenize(parity_texts("odd"))], grid)
 
     @classmethod
-    def of_checkpoint(cls, checkpoint: Checkpoint) -> Inputs:
-        """Padding comes on the left as well where a network numbers its positions by the mask."""
+    def of_checkpoint(cls, checkpoint: Checkpoint, longest: int | None = None) -> Inputs:
+        """Padding comes on the left as well where a network numbers its positions by the mask.
+
+        Texts are cut to ``longest`` tokens where that is less than the checkpoint's own limit.
+        """
+        limit = min(checkpoint.max_length, longest or checkpoint.max_length)
         kind = checkpoint.backbone.config.model_type
         sides = ("right",) if kind in ("bert", "distilbert") else ("right", "left")
-        return cls.of(checkpoint.tokenize, checkpoint.max_length, checkpoint.padding, sides)
+        return cls.of(lambda texts: checkpoint.tokenize(texts, limit), limit, checkpoint.padding, sides)
 
     @classmethod
     def of_goldens(cls, goldens: Sequence[Golden]) -> Inputs:
@@ -222,6 +228,22 @@ def judge(report: Report, hits: Mapping[str, NDArray[np.bool_]], first: str, max
     return replace(report, accuracy=float(own.mean()), maximum_drop=maximum_drop, failures=failures)
 
 
+class RunBackend:
+    """A stage in the place of a bundle's back end, to route with it. Vectors are kept: tasks come twice."""
+
+    def __init__(self, run: Run) -> None:
+        """Take a stage that embeds one text at a time."""
+        self._run = run
+        self._known: dict[tuple[int, ...], NDArray[np.float32]] = {}
+
+    def run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(1, tokens) ids and mask to a (1, dim) vector."""
+        key = tuple(ids[0].tolist())
+        if key not in self._known:
+            self._known[key] = self._run(ids, mask)
+        return self._known[key]
+
+
 def run_network(checkpoint: Checkpoint) -> Run:
     """The network as it is exported, in torch."""
     model = checkpoint.encoder().eval()
@@ -264,15 +286,15 @@ def run_graph(path: Path) -> Run:
     return run
 
 
-def run_package(program: MilProgram, padding: int, mode: Mode = "declared") -> Run:
+def run_package(program: MilProgram, mode: Mode = "declared") -> Run:
     """A CoreML package in the evaluator, each text padded to the shortest shape that holds it.
 
     Args:
         program: Of one input of ids and one output of vectors.
-        padding: Id of padding, from which the package makes its mask.
         mode: How the evaluator holds floats.
     """
     (name, taken), (output,) = *program.inputs.items(), program.outputs
+    padding = int(program.spec.description.metadata.userDefined["padding_id"])  # the package makes its mask of it
     lengths = sorted(shape[1] for shape in taken.shapes)
 
     def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle import Bundle, File, Generator
+from edge.bundle import Bundle, File, Generator, Variant
 from edge.doctor import Check, examine
 from edge.encoder import Encoder
 from edge.errors import InputError
@@ -20,8 +20,10 @@ from edge.router import Router
 from export.bundle import MAXIMUM_DROP
 from export.calibrate import routed_rightly
 from export.checkpoint import Checkpoint, load_checkpoint
+from export.coreml import PACKAGES
 from export.errors import CheckpointError
 from export.generator import STEPS, prove_generator
+from export.mil import MilProgram
 from export.parity import (
     NETWORK,
     NETWORK_BOUND,
@@ -29,11 +31,13 @@ from export.parity import (
     Reference,
     Report,
     Run,
+    RunBackend,
     judge,
     run_goldens,
     run_graph,
     run_network,
     run_original,
+    run_package,
 )
 from export.variants import VARIANTS
 from export.wrapper import BUNDLE_POOLING
@@ -68,7 +72,9 @@ def verify(
     checks = list(examine(path))
     if not all(check.ok for check in checks):
         return checks, []
-    held = [variant for variant in bundle.variants if variant.runtime == "onnx" and variant.id in VARIANTS]
+    held = [variant for variant in bundle.variants if variant.id in VARIANTS or variant.id in PACKAGES]
+    longest = min((variant.lengths[-1] for variant in held if variant.lengths), default=None)
+    short = None  # the first stage on texts that packages can take
     names = [agent.name for agent in bundle.agents]
     reports: list[Report] = []
     hits: dict[str, NDArray[np.bool_]] = {}
@@ -81,42 +87,52 @@ def verify(
             first = Reference(inputs, "checkpoint", original)
             reports.append(first.compare(run, NETWORK, NETWORK_BOUND, NETWORK_BOUND))
         reference = Reference(inputs, NETWORK, run)
+        if longest is not None:
+            short = Reference(Inputs.of_checkpoint(checkpoint, longest), NETWORK, run)
         checks += [_generates(bundle, generator, checkpoint) for generator in bundle.generators]
         if labelled:
             calibration = bundle.variant().calibration["trained"]
-            encoder = Encoder(bundle, _Network(run))
-            router = Router(bundle.agents, dict(calibration), encoder=encoder, head=bundle.head)
+            router = Router(
+                bundle.agents, dict(calibration), encoder=Encoder(bundle, RunBackend(run)), head=bundle.head
+            )
             hits[NETWORK] = routed_rightly([router.signals(row.task) for row in labelled], labelled, names)
     elif any(variant.id == "fp32" for variant in held):
         encoder = Encoder.load(bundle)
-        inputs = Inputs.of(lambda texts: [list(encoder.tokenize(t).ids) for t in texts], bundle.encoder.max_length)
-        first_one = bundle.variant("fp32")
-        with _placed(bundle, first_one.model, first_one.weights) as graph:
-            reference = Reference(inputs, "fp32", run_graph(graph))
+
+        def inputs_of(encoder: Encoder) -> Inputs:
+            return Inputs.of(lambda texts: [list(encoder.tokenize(t).ids) for t in texts], encoder.max_length)
+
+        with _stage(bundle, bundle.variant("fp32")) as stage:
+            reference = Reference(inputs_of(encoder), "fp32", stage)
+            if longest is not None:
+                short = Reference(inputs_of(Encoder(bundle, RunBackend(stage), lengths=(longest,))), "fp32", stage)
     else:
         goldens = bundle.goldens()
         reference = Reference(Inputs.of_goldens(goldens), "goldens", run_goldens(goldens))
     for variant in held:
-        if labelled:
-            router = Router.load(bundle, variant=variant.id, strategy="embedding")
-            hits[variant.id] = routed_rightly([router.signals(row.task) for row in labelled], labelled, names)
-        if variant.id != reference.name:
-            with _placed(bundle, variant.model, variant.weights) as graph:
-                elsewhere = min(VARIANTS[variant.id].elsewhere, variant.minimum_cosine)
-                report = reference.compare(run_graph(graph), variant.id, variant.minimum_cosine, elsewhere)
-            drop = variant.parity.get("maximum_drop", MAXIMUM_DROP)
-            reports.append(judge(replace(report, bytes=variant.bytes), hits, reference.name, drop))
+        with _stage(bundle, variant) as stage:
+            if labelled:
+                encoder = Encoder(bundle, RunBackend(stage), lengths=variant.lengths)
+                router = Router(bundle.agents, dict(variant.calibration["trained"]), encoder=encoder, head=bundle.head)
+                hits[variant.id] = routed_rightly([router.signals(row.task) for row in labelled], labelled, names)
+            if variant.id != reference.name:
+                known = VARIANTS.get(variant.id) or PACKAGES[variant.id]
+                elsewhere = min(known.elsewhere, variant.minimum_cosine)
+                within = short if variant.lengths and short is not None else reference
+                report = within.compare(stage, variant.id, variant.minimum_cosine, elsewhere)
+                drop = variant.parity.get("maximum_drop", MAXIMUM_DROP)
+                reports.append(judge(replace(report, bytes=variant.bytes), hits, reference.name, drop))
     return checks, reports
 
 
-class _Network:
-    """A network in the place of a bundle's graph."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    def run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._run(ids, mask)
+@contextlib.contextmanager
+def _stage(bundle: Bundle, variant: Variant) -> Iterator[Run]:
+    """A variant, ready to run: an ONNX graph by ONNX Runtime, a CoreML package by the evaluator."""
+    with _placed(bundle, variant.files) as path:
+        if variant.runtime == "onnx":
+            yield run_graph(path)
+        else:
+            yield run_package(MilProgram(path.parents[2]))  # PACKAGE/Data/com.apple.CoreML/model.mlmodel
 
 
 def _checkpoint(bundle: Bundle, path: Path, quiet: bool) -> Checkpoint:
@@ -137,16 +153,15 @@ def _generates(bundle: Bundle, generator: Generator, checkpoint: Checkpoint) -> 
     if checkpoint.language_model is None:
         raise CheckpointError(f"{checkpoint.folder}: cannot generate, but the bundle can. Give what it was made of.")
     sizes = (generator.layers, generator.kv_heads, generator.head_dim)
-    with _placed(bundle, generator.model, generator.weights) as path:
+    with _placed(bundle, (generator.model, generator.weights)) as path:
         texts, different = prove_generator(checkpoint, path, *sizes)
     detail = f"{texts - len(different)} of {texts} texts give the network's next {STEPS} tokens"
     return Check(f"generator {generator.id}", not different, detail)
 
 
 @contextlib.contextmanager
-def _placed(bundle: Bundle, model: File, weights: File | None) -> Iterator[Path]:
-    """A graph beside its weights: a folder's where it lies, a zip's as a copy."""
-    files = [model] if weights is None else [model, weights]
+def _placed(bundle: Bundle, files: Sequence[File]) -> Iterator[Path]:
+    """The first of some files, with the others in their places: a folder's where they lie, a zip's as copies."""
     places = [bundle.locate(file) for file in files]
     if isinstance(places[0], Path):
         yield places[0]
@@ -154,5 +169,7 @@ def _placed(bundle: Bundle, model: File, weights: File | None) -> Iterator[Path]
     with tempfile.TemporaryDirectory() as name:
         for file, data in zip(files, places, strict=True):
             assert isinstance(data, bytes)
-            Path(name, file.file).write_bytes(data)
-        yield Path(name, model.file)
+            path = Path(name, file.file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        yield Path(name, files[0].file)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -14,13 +15,17 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
+from edge import Bundle
+from edge.doctor import examine
 from export.ane import AneEncoder
 from export.checkpoint import Checkpoint
+from export.cli import main
 from export.coreml import LENGTHS, MINIMUM_COSINE, MINIMUM_COSINE_COMPRESSED, PROFILES, About, convert
 from export.errors import CheckpointError, ParityError, ToolchainError
 from export.mil import Input, MilProgram, Mode
 from export.parity import NETWORK, Inputs, Reference, Report, run_network, run_package
 from export.residency import measure_residency, require_resident
+from tests.conftest import ROOT
 from tests.export.conftest import MINILM
 
 PADDING = 0
@@ -76,7 +81,7 @@ def gate(checkpoint: Checkpoint, path: Path, bound: float = MINIMUM_COSINE, mode
     rows = [row[keep.bool()][None].numpy() for row, keep in zip(ids, mask, strict=True)]
     inputs = Inputs([str(len(row)) for row in rows], [(row, np.ones_like(row)) for row in rows], [], {})
     reference = Reference(inputs, NETWORK, run_network(checkpoint))
-    return reference.compare(run_package(MilProgram(path), PADDING, mode), path.name, bound, bound)
+    return reference.compare(run_package(MilProgram(path), mode), path.name, bound, bound)
 
 
 def changed(package: Path, folder: Path, change: Callable[[Any], None]) -> Path:
@@ -334,7 +339,7 @@ class TestEvaluator:
         with pytest.raises(ToolchainError, match=r"takes the inputs \['input_ids'\]"):
             program.run({"ids": np.ones((1, 16), np.int32)})
         with pytest.raises(ToolchainError, match="takes 128 tokens, got 129"):
-            run_package(program, PADDING)(np.ones((1, 129), np.int64), np.ones((1, 129), np.int64))
+            run_package(program)(np.ones((1, 129), np.int64), np.ones((1, 129), np.int64))
 
     def test_padding_changes_nothing(self, packages: Packages) -> None:
         program = MilProgram(packages("coreml-ane", None))
@@ -365,3 +370,36 @@ class TestResidency:
         with pytest.raises(ParityError, match="would fall off the Neural Engine") as caught:
             require_resident(residency, transposes=2)
         assert "transposes in the hot path" in caught.value.report
+
+
+def test_packages_in_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Converted, proven, listed by hash, and proven again by verify, out of a zip too."""
+    out = tmp_path / "bundle"
+    arguments = ["bundle", str(MINILM), "--out", str(out), "--variants", "coreml-ane,fp32", "--quiet"]
+    assert main(arguments) == 0
+    manifest = json.loads((out / "bundle.json").read_bytes())
+    jsonschema.validate(manifest, json.loads((ROOT / "docs" / "bundle.schema.json").read_text("utf-8")))
+    bundle = Bundle.open(out)
+    assert bundle.default_variant == "fp32"
+    variant = bundle.variant("coreml-ane")
+    assert (variant.runtime, variant.compute_units, variant.lengths) == ("coreml", "CPU_AND_NE", LENGTHS)
+    assert variant.minimum_os == "iOS 16, macOS 13"
+    assert variant.parity["resident"] == 1
+    assert variant.parity["cosine_min"] > MINIMUM_COSINE
+    checks = {check.name: check.ok for check in examine(out)}
+    assert checks["coreml-ane: files"]
+    assert checks["coreml-ane: skipped"]
+    archive = shutil.make_archive(str(tmp_path / "zipped"), "zip", out)
+    capsys.readouterr()
+    for where in ([archive], [archive, str(MINILM)]):
+        assert main(["verify", *where, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["stages"][-1]["stage"] == "coreml-ane"
+        assert found["stages"][-1]["cosine_min"] > MINIMUM_COSINE
+    weights = out / "coreml-ane.mlpackage" / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    with weights.open("r+b") as stream:
+        stream.seek(1_000_000)
+        stream.write(b"\x00\x01\x02\x03")
+    assert not {check.name: check.ok for check in examine(out)}["coreml-ane: files"]
+    assert main(["bundle", str(MINILM), "--out", str(tmp_path / "x"), "--variants", "coreml-ane", "--quiet"]) == 1
+    assert "Add an ONNX variant" in capsys.readouterr().err
