@@ -345,7 +345,7 @@ def _package(
             require_resident(residency, transposes=int(checkpoint.backbone.config.num_hidden_layers))
         except ParityError as error:
             failures += (str(error),)
-    return changed(report, bytes=made.bytes, resident=residency.share, failures=failures)
+    return changed(report, bytes=made.bytes, resident=residency.share, seconds=made.seconds, failures=failures)
 
 
 def _with_size(report: Report, path: Path) -> Report:

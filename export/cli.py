@@ -371,8 +371,18 @@ def _bundle(options: argparse.Namespace) -> int:
         quiet=options.quiet,
     )
     print(table(reports))
-    print(f"{options.out}: written and verified")
+    print(f"{options.out}: written and verified{_peak()}")
     return 0
+
+
+def _peak() -> str:
+    """The largest memory of this process so far, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, kB elsewhere
+    return f"; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GB"
 
 
 def _verify(options: argparse.Namespace) -> int:

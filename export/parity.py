@@ -54,7 +54,8 @@ class Report:
         failures: What missed its bound, in words; empty if nothing did.
         accuracy: Share of labelled tasks that the vectors alone route rightly, if any were given.
         maximum_drop: Share of them that the stage was allowed to lose against fp32.
-        resident: Share of a CoreML package's multiplications that the Neural Engine can run, statically.
+        resident: Share of a CoreML package's multiplications that are in a form for the Neural Engine.
+        seconds: What converting to a CoreML package took.
         bytes: Size of graph and weights; 0 where there is no graph.
     """
 
@@ -69,6 +70,7 @@ class Report:
     accuracy: float | None = None
     maximum_drop: float | None = None
     resident: float | None = None
+    seconds: float | None = None
     bytes: int = 0
 
     @property
@@ -102,6 +104,9 @@ def table(reports: Sequence[Report]) -> str:
             f"{r.stage:<24}{r.against:<12}{size:>7}  {r.cosine_min:<12.7f}{r.cosine_mean:<12.7f}"
             f"{r.nearest_agreement:<9.1%}{r.grid_min:<11.7f}{accuracy}"
         )
+        if r.resident is not None:
+            share = f"{r.resident:.1%} of the multiplications in a form for the Neural Engine"
+            lines.append(f"  converted in {r.seconds:.0f} s; {share}")
         lines += [f"  FAILED: {failure}" for failure in r.failures]
     failed = [r for r in reports if r.failures]
     if failed:
