@@ -1,9 +1,9 @@
 """Do CoreML packages decide as the fp32 graph does? Packages run in the evaluator; no Mac is needed.
 
-    python -m benchmarks.coreml BUNDLE FILE.jsonl [--json OUT]
+    python -m benchmarks.coreml BUNDLE FILE.jsonl [--fp32 BUNDLE] [--json OUT]
 
-BUNDLE has an fp32 variant and CoreML packages (`ruvltra-export bundle CHECKPOINT --recipe RECIPE --variants
-fp32,coreml-ane-int8 --out BUNDLE`). Each row of the labelled file is routed by fp32 and by each package, each
+BUNDLE has CoreML packages and an fp32 variant (`ruvltra-export bundle CHECKPOINT --recipe RECIPE --variants
+fp32,coreml-ane-int8 --out BUNDLE`), or --fp32 names another bundle of the same checkpoint that has one. Each row of the labelled file is routed by fp32 and by each package, each
 with its own calibration; a decision is an agent, or abstaining.
 """
 
@@ -30,11 +30,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
     parser.add_argument("rows", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--fp32", type=Path, metavar="BUNDLE")
     parser.add_argument("--json", type=Path, metavar="OUT")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
     rows = read_labelled(options.rows, [agent.name for agent in bundle.agents])
-    expected = [decision.agent for decision in Router.load(bundle, variant="fp32").route_many(r.task for r in rows)]
+    exact = Router.load(options.fp32 or bundle, variant="fp32")
+    expected = [decision.agent for decision in exact.route_many(row.task for row in rows)]
     results = []
     for variant in (v for v in bundle.variants if v.runtime == "coreml"):
         program = MilProgram(options.bundle / f"{variant.id}.mlpackage")

@@ -77,6 +77,7 @@ class Variant:
         package: A CoreML package's own list of its files; ``model`` and ``weights`` lie within it, too.
         compute_units: What a CoreML package is made for, by coremltools' name; None for ``onnx``.
         minimum_os: The oldest systems that load a CoreML package; None for ``onnx``.
+        padding_id: What a CoreML package makes its mask of; None for ``onnx``.
     """
 
     id: str
@@ -92,6 +93,7 @@ class Variant:
     package: File | None
     compute_units: str | None
     minimum_os: str | None
+    padding_id: int | None
 
     @property
     def files(self) -> tuple[File, ...]:
@@ -509,6 +511,7 @@ def _variant(table: _Table) -> Variant:
         package=None if table.values.get("package") is None else _file(table.table("package")),
         compute_units=None if table.values.get("compute_units") is None else table.string("compute_units"),
         minimum_os=None if table.values.get("minimum_os") is None else table.string("minimum_os"),
+        padding_id=None if table.values.get("padding_id") is None else table.integer("padding_id"),
     )
 
 

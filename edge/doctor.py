@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edge.bundle import Bundle, Variant
+from edge.coreml import available
 from edge.encoder import Encoder
 from edge.errors import EdgeError
 from edge.router import Router
@@ -45,7 +46,7 @@ def examine(path: str | Path | None = None) -> Iterator[Check]:
         except EdgeError as error:
             yield Check(f"file {file.file}", False, str(error))
     for variant in bundle.variants:
-        if variant.runtime == "onnx":
+        if variant.runtime == "onnx" or (variant.runtime == "coreml" and available()):
             yield from _examine_variant(bundle, variant)
         else:
             yield _examine_files(bundle, variant)

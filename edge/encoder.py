@@ -71,7 +71,7 @@ class Encoder:
             bundle: Folder, zip file or opened bundle; None for the one that comes with the package.
             variant: Id of a variant; None for the bundle's default.
             device: ``auto`` or ``cpu``.
-            threads: Threads for one text; None for 1.
+            threads: Threads for one text; None for 1. Core ML has threads of its own.
 
         Raises:
             BundleError: The bundle cannot be used.
@@ -82,12 +82,19 @@ class Encoder:
         loading: list[Tokenizer | ManifestError] = []
         thread = threading.Thread(target=lambda: loading.append(_tokenizer_or_error(opened)), daemon=True)
         thread.start()
-        backend = OnnxBackend(opened, opened.variant(variant), device=device, threads=threads)
+        chosen = opened.variant(variant)
+        backend: Backend
+        if chosen.runtime == "coreml":
+            from edge.coreml import CoreMLBackend  # what it needs, other devices need not load
+
+            backend = CoreMLBackend(opened, chosen, device=device)
+        else:
+            backend = OnnxBackend(opened, chosen, device=device, threads=threads)
         thread.join()
         tokenizer = loading[0]
         if isinstance(tokenizer, ManifestError):
             raise tokenizer
-        return cls(opened, backend, tokenizer)
+        return cls(opened, backend, tokenizer, chosen.lengths)
 
     def tokenize(self, text: str) -> Tokens:
         """Token ids of a text, cut to the maximum length. Lone surrogates count as U+FFFD."""

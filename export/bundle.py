@@ -442,7 +442,11 @@ def _manifest(
         "variants": [
             {
                 "id": variant,
-                **(_graph_files(folder, variant) if variant in VARIANTS else _package_files(folder, variant)),
+                **(
+                    _graph_files(folder, variant)
+                    if variant in VARIANTS
+                    else _package_files(folder, variant, checkpoint.padding)
+                ),
                 "minimum_cosine": _bounds(variant, gates)[0],
                 "calibrated_on": None,
                 "calibration": {"trained": uncalibrated, "custom": uncalibrated},
@@ -474,7 +478,7 @@ def _graph_files(folder: Path, variant: str) -> dict[str, Any]:
     }
 
 
-def _package_files(folder: Path, variant: str) -> dict[str, Any]:
+def _package_files(folder: Path, variant: str, padding: int) -> dict[str, Any]:
     """A package is a folder; its program, its weights and its own list of files are listed each."""
     program = f"{variant}.mlpackage/Data/com.apple.CoreML"
     return {
@@ -486,6 +490,7 @@ def _package_files(folder: Path, variant: str) -> dict[str, Any]:
         "shapes": [[1, length] for length in LENGTHS],
         "compute_units": PACKAGES[variant].profile.compute_units,
         "minimum_os": MINIMUM_OS,
+        "padding_id": padding,
     }
 
 
