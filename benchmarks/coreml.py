@@ -3,8 +3,9 @@
     python -m benchmarks.coreml BUNDLE FILE.jsonl [--fp32 BUNDLE] [--json OUT]
 
 BUNDLE has CoreML packages and an fp32 variant (`ruvltra-export bundle CHECKPOINT --recipe RECIPE --variants
-fp32,coreml-ane-int8 --out BUNDLE`), or --fp32 names another bundle of the same checkpoint that has one. Each row of the labelled file is routed by fp32 and by each package, each
-with its own calibration; a decision is an agent, or abstaining.
+fp32,coreml-ane-int8 --out BUNDLE`), or --fp32 names another bundle of the same checkpoint that has one. Each
+row of the labelled file is routed by fp32 and by each package, each with its own calibration; a decision is an
+agent, or abstaining.
 """
 
 from __future__ import annotations
