@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle import Bundle, Variant
-from edge.errors import BackendError, ManifestError, MissingExtra, ProviderUnavailable
+from edge.errors import BackendError, ChecksumError, ManifestError, MissingExtra, ProviderUnavailable
 from edge.session import check_unit_rows
 
 CACHE = "RUVLTRA_CACHE"  # environment variable: where compiled models are kept
@@ -105,26 +105,42 @@ class CoreMLBackend:
         return np.asarray(vector, dtype=np.float32).reshape(1, -1)
 
 
-def _load(bundle: Bundle, variant: Variant, units: str) -> Any:
-    """The compiled model, loaded; a kept one that does not load is compiled anew."""
+def compiled(bundle: Bundle, variant: Variant) -> Path:
+    """The folder of a variant's compiled model; compiled here where that was not done before.
+
+    Raises:
+        ChecksumError: A file of the package is missing or has changed.
+        OSError: The model cannot be kept.
+    """
     import coremltools as ct
 
     digest = hashlib.sha256("\n".join(file.sha256 for file in variant.files).encode())
     digest.update(f"\n{platform.mac_ver()[0]}\n{ct.__version__}".encode())
-    kept = _cache() / f"{digest.hexdigest()[:32]}.mlmodelc"
+    stated = os.environ.get(CACHE)
+    cache = Path(stated) if stated else Path.home() / "Library" / "Caches" / "ruvltra-edge"
+    kept = cache / f"{digest.hexdigest()[:32]}.mlmodelc"
     places = [bundle.locate(file) for file in variant.files]  # by hash, whether compiled before or not
-    try:
-        if kept.is_dir():
-            try:
-                return ct.models.CompiledMLModel(str(kept), ct.ComputeUnit[units])
-            except Exception:  # cut short, or of a system that was restored since
-                shutil.rmtree(kept)
+    if not kept.is_dir():
         _compile(variant, places, kept)
-        return ct.models.CompiledMLModel(str(kept), ct.ComputeUnit[units])
+    return kept
+
+
+def _load(bundle: Bundle, variant: Variant, units: str) -> Any:
+    """The compiled model, loaded; a kept one that does not load is compiled anew."""
+    import coremltools as ct
+
+    try:
+        kept = compiled(bundle, variant)
+        try:
+            return ct.models.CompiledMLModel(str(kept), ct.ComputeUnit[units])
+        except Exception:  # cut short, or of a system that was restored since
+            shutil.rmtree(kept)
+        return ct.models.CompiledMLModel(str(compiled(bundle, variant)), ct.ComputeUnit[units])
+    except ChecksumError:
+        raise
     except OSError as error:
         raise BackendError(
-            f"{kept.parent}: compiled models cannot be kept there ({error}). Make room, or name another folder in "
-            f"{CACHE}."
+            f"compiled models cannot be kept ({error}). Make room, or name another folder in {CACHE}."
         ) from None
     except Exception as error:  # coremltools raises RuntimeError, and Exception itself
         raise BackendError(
@@ -154,8 +170,3 @@ def _compile(variant: Variant, places: list[Path | bytes], kept: Path) -> None:
         except OSError:
             if not kept.is_dir():  # else another process was quicker, with the same result
                 raise
-
-
-def _cache() -> Path:
-    stated = os.environ.get(CACHE)
-    return Path(stated) if stated else Path.home() / "Library" / "Caches" / "ruvltra-edge"
