@@ -25,10 +25,11 @@ from export.errors import CheckpointError, ParityError, ToolchainError
 from export.mil import Input, MilProgram, Mode
 from export.parity import NETWORK, Inputs, Reference, Report, run_network, run_package
 from export.residency import measure_residency, require_resident
-from tests.conftest import ROOT
+from tests.conftest import MINI, ROOT
 from tests.export.conftest import MINILM
 
 PADDING = 0
+SCHEMA = json.loads((ROOT / "docs" / "bundle.schema.json").read_text("utf-8"))
 
 
 ABOUT = About("some-bundle", "1.2.3", "Apache-2.0", "somebody", "a random network")
@@ -378,7 +379,7 @@ def test_packages_in_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     arguments = ["bundle", str(MINILM), "--out", str(out), "--variants", "coreml-ane,fp32", "--quiet"]
     assert main(arguments) == 0
     manifest = json.loads((out / "bundle.json").read_bytes())
-    jsonschema.validate(manifest, json.loads((ROOT / "docs" / "bundle.schema.json").read_text("utf-8")))
+    jsonschema.validate(manifest, SCHEMA)
     bundle = Bundle.open(out)
     assert bundle.default_variant == "fp32"
     variant = bundle.variant("coreml-ane")
@@ -403,3 +404,22 @@ def test_packages_in_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not {check.name: check.ok for check in examine(out)}["coreml-ane: files"]
     assert main(["bundle", str(MINILM), "--out", str(tmp_path / "x"), "--variants", "coreml-ane", "--quiet"]) == 1
     assert "Add an ONNX variant" in capsys.readouterr().err
+
+
+def test_the_shipped_packages() -> None:
+    """Whole, within the size that was set for them, and the goldens' vectors come out."""
+    folder = MINI / "apple"
+    bundle = Bundle.open(folder)
+    jsonschema.validate(json.loads((folder / "bundle.json").read_bytes()), SCHEMA)
+    assert all(check.ok for check in examine(folder))
+    packages = [variant for variant in bundle.variants if variant.runtime == "coreml"]
+    assert [(variant.id, variant.compute_units) for variant in packages] == [
+        ("coreml-ane-int8", "CPU_AND_NE"),
+        ("coreml-metal-int8", "CPU_AND_GPU"),
+    ]
+    assert sum(variant.bytes for variant in packages) < 50e6
+    for variant in packages:
+        run = run_package(MilProgram(folder / f"{variant.id}.mlpackage"))
+        for golden in bundle.goldens():
+            ids = np.array([golden.ids])
+            assert float(run(ids, np.ones_like(ids))[0] @ golden.vector) > variant.minimum_cosine, golden.text
