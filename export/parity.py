@@ -106,7 +106,7 @@ def table(reports: Sequence[Report]) -> str:
         )
         if r.resident is not None:
             share = f"{r.resident:.1%} of the multiplications in a form for the Neural Engine"
-            lines.append(f"  converted in {r.seconds:.0f} s; {share}")
+            lines.append(f"  {share}" if r.seconds is None else f"  converted in {r.seconds:.0f} s; {share}")
         lines += [f"  FAILED: {failure}" for failure in r.failures]
     failed = [r for r in reports if r.failures]
     if failed:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from export.errors import ParityError
 from export.mil import Arguments, Array, MilProgram, Operation
+from export.parity import Report
 
 LARGEST = 16384  # values along an axis
 
@@ -120,6 +121,25 @@ def require_resident(residency: Residency, transposes: int, share: float = 1.0) 
             f"{residency.package}: would fall off the Neural Engine ({failures[0]}). Keep the layout of export/ane.py.",
             report,
         )
+
+
+def judge_residency(report: Report, program: MilProgram, tokens: int, held: bool) -> Report:
+    """A package's report with the share that can run on the Neural Engine.
+
+    Args:
+        report: Of the package.
+        program: The package.
+        tokens: One of the lengths that it takes.
+        held: Whether what speaks against the Neural Engine is a failure.
+    """
+    residency = measure_residency(program, tokens)
+    failures = report.failures
+    if held:
+        try:  # one transpose a layer, for the attention's keys; a layer has one GELU
+            require_resident(residency, transposes=residency.operations.get("gelu", 0))
+        except ParityError as error:
+            failures += (str(error),)
+    return replace(report, resident=residency.share, failures=failures)
 
 
 def _count(steps: Sequence[_Step]) -> dict[str, int]:

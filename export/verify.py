@@ -39,6 +39,7 @@ from export.parity import (
     run_original,
     run_package,
 )
+from export.residency import judge_residency
 from export.variants import VARIANTS
 from export.wrapper import BUNDLE_POOLING
 
@@ -120,6 +121,8 @@ def verify(
                 elsewhere = min(known.elsewhere, variant.minimum_cosine)
                 within = short if variant.lengths and short is not None else reference
                 report = within.compare(stage, variant.id, variant.minimum_cosine, elsewhere)
+                if variant.runtime == "coreml":
+                    report = _with_residency(report, bundle, variant)
                 drop = variant.parity.get("maximum_drop", MAXIMUM_DROP)
                 reports.append(judge(replace(report, bytes=variant.bytes), hits, reference.name, drop))
     return checks, reports
@@ -133,6 +136,12 @@ def _stage(bundle: Bundle, variant: Variant) -> Iterator[Run]:
             yield run_graph(path)
         else:
             yield run_package(MilProgram(path.parents[2]))  # PACKAGE/Data/com.apple.CoreML/model.mlmodel
+
+
+def _with_residency(report: Report, bundle: Bundle, variant: Variant) -> Report:
+    with _placed(bundle, variant.files) as path:
+        held = PACKAGES[variant.id].profile.resident
+        return judge_residency(report, MilProgram(path.parents[2]), variant.lengths[-1], held)
 
 
 def _checkpoint(bundle: Bundle, path: Path, quiet: bool) -> Checkpoint:

@@ -397,6 +397,7 @@ def test_packages_in_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         found = json.loads(capsys.readouterr().out)
         assert found["stages"][-1]["stage"] == "coreml-ane"
         assert found["stages"][-1]["cosine_min"] > MINIMUM_COSINE
+        assert found["stages"][-1]["resident"] == 1
     weights = out / "coreml-ane.mlpackage" / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     with weights.open("r+b") as stream:
         stream.seek(1_000_000)
