@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel
 from edge import Bundle, Encoder, Router
 from edge.coreml import CACHE, CoreMLBackend
 from edge.doctor import examine
-from edge.errors import BackendError, ChecksumError, ManifestError, MissingExtra, ProviderUnavailable
+from edge.errors import BackendError, ChecksumError, ManifestError, MissingExtra, OutputError, ProviderUnavailable
 from export.bundle import Identity, build_bundle
 from export.checkpoint import Checkpoint
 from export.mil import MilProgram
@@ -128,6 +128,29 @@ def test_a_batch_is_run_row_by_row(mac: Compiler, exported: Path) -> None:
         np.testing.assert_array_equal(backend.run(one, np.ones_like(one))[0], vector)
     with pytest.raises(BackendError, match="takes 128 tokens, not 129"):
         backend.run(np.ones((1, 129), np.int64), np.ones((1, 129), np.int64))
+
+
+def test_lengths_are_those_of_half_precision(mac: Compiler, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(exported)
+    backend = CoreMLBackend(bundle, bundle.variant("coreml-ane"))
+    ids = np.array([[101, 2000, 102]])
+    expected = backend.run(ids, np.ones_like(ids))
+    predict = Compiler.Model.predict
+
+    def scaled(scale: float) -> None:
+        def run(model: Compiler.Model, inputs: dict[str, Any]) -> dict[str, Any]:
+            return {name: np.float32(scale) * vector for name, vector in predict(model, inputs).items()}
+
+        monkeypatch.setattr(Compiler.Model, "predict", run)
+
+    for scale in (0.999, 1.001):  # squared, further off than a unit vector may be
+        scaled(scale)
+        np.testing.assert_allclose(backend.run(ids, np.ones_like(ids)), expected, atol=1e-6)
+    for scale in (0.0, 0.97, 1.03, np.nan, np.inf):
+        scaled(scale)
+        with pytest.raises(OutputError, match="not finite and of unit length"):
+            backend.run(ids, np.ones_like(ids))
+    assert mac.compiled == 1
 
 
 def test_a_package_is_compiled_once(mac: Compiler, exported: Path, tmp_path: Path) -> None:
