@@ -89,11 +89,7 @@ class CoreMLBackend:
             OutputError: The result has another shape, is not finite or not of unit length.
         """
         vectors = np.concatenate([self._predict(row[kept == 1]) for row, kept in zip(ids, mask, strict=True)])
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        # What is further off is left as it is, and refused.
-        vectors /= np.where(np.abs(lengths - 1) < _LENGTH_ERROR, lengths, np.float32(1))
-        check_unit_rows(vectors, (len(ids), self.dim))
-        return vectors
+        return unit_rows(vectors, (len(ids), self.dim))
 
     def _predict(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         length = next((length for length in self._lengths if length >= len(ids)), None)
@@ -107,6 +103,19 @@ class CoreMLBackend:
         except Exception as error:  # coremltools raises RuntimeError, and Exception itself
             raise BackendError(f"Core ML cannot run {length} tokens ({error}). Run: ruvltra doctor") from None
         return np.asarray(vector, dtype=np.float32).reshape(1, -1)
+
+
+def unit_rows(vectors: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """A package's vectors, whose length half precision leaves a little off, brought to length 1.
+
+    Raises:
+        OutputError: They have another shape, are not finite or further off than half precision explains.
+    """
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    # What is further off is left as it is, and refused.
+    rows: NDArray[np.float32] = vectors / np.where(np.abs(lengths - 1) < _LENGTH_ERROR, lengths, np.float32(1))
+    check_unit_rows(rows, shape)
+    return rows
 
 
 def compiled(bundle: Bundle, variant: Variant) -> Path:

@@ -103,7 +103,7 @@ class OnnxBackend:
         return result
 
 
-def check_unit_rows(vectors: object, shape: tuple[int, int]) -> None:
+def check_unit_rows(vectors: object, shape: tuple[int, ...]) -> None:
     """Raise OutputError unless ``vectors`` is an array of this shape with finite rows of unit length."""
     if not isinstance(vectors, np.ndarray):
         raise OutputError(f"the model returned {type(vectors).__name__}, an array expected. Run: ruvltra doctor")

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from edge.agents import Agent
@@ -26,9 +25,9 @@ from edge.doctor import examine
 from edge.encoder import Encoder
 from edge.errors import InputError
 from edge.evaluate import OUT_OF_SCOPE, Labelled
-from edge.router import Router
+from edge.router import Router, Signals
 from export.ane import check_supported
-from export.calibrate import UNCALIBRATED, calibrate, routed_rightly
+from export.calibrate import UNCALIBRATED, Routed, calibrate
 from export.checkpoint import Checkpoint, Head
 from export.coreml import LENGTHS, MINIMUM_OS, PACKAGES, About, convert
 from export.errors import CheckpointError, ParityError, ToolchainError
@@ -82,7 +81,8 @@ class Gates:
 
     Attributes:
         minimum_cosine: By variant.
-        maximum_drop: Share of labelled tasks that a variant may lose against fp32, beyond chance.
+        maximum_drop: Share of labelled tasks that a variant may lose against fp32, and that a CoreML package may
+            decide otherwise, beyond chance.
     """
 
     minimum_cosine: Mapping[str, float]
@@ -193,18 +193,18 @@ def build_bundle(
         _write_parts(work, checkpoint, agents)
         manifest = _manifest(work, checkpoint, identity, passed, reports, gates, generators)
         _write_manifest(work, manifest)
-        hits: dict[str, NDArray[np.bool_]] = {}
+        routed: dict[str, Routed] = {}
         for entry in manifest["variants"]:
             step(f"calibrate {entry['id']}")
             if labelled:
-                hits[entry["id"]] = _calibrate(work, entry, agents, labelled)
+                routed[entry["id"]] = _calibrate(work, entry, agents, labelled)
                 entry["calibrated_on"] = (
                     f"{labelled_name}, {len(labelled)} tasks" if labelled_name else str(len(labelled))
                 )
             elif like is not None:
                 _take_over(entry, like)
         if labelled:
-            reports = [judge(report, hits, "fp32", gates.maximum_drop) for report in reports]
+            reports = [judge(r, routed, "fp32", gates.maximum_drop, r.stage in PACKAGES) for r in reports]
             if not search:
                 _refuse(reports)
         passed = [r.stage for r in reports if r.stage in VARIANTS and not r.failures]
@@ -493,25 +493,24 @@ def _calibrate(
     entry: dict[str, Any],
     agents: Sequence[Agent],
     labelled: Sequence[Labelled],
-) -> NDArray[np.bool_]:
+) -> Routed:
     """Fit this variant's weights by routing the labelled tasks with the bundle itself.
 
     Returns:
-        (tasks in scope,) which of them the embedding alone routes rightly.
+        Where the embedding alone routes them.
     """
     bundle = Bundle.open(folder)
     names = [agent.name for agent in agents]
     fitted = {}
     # The bundle's agents taken as if they were a user's own show what descriptions alone can do.
-    hits = np.empty(0, dtype=np.bool_)
     encoder = _encoder(bundle, bundle.variant(entry["id"]))
+    signals: list[Signals] = []
     for kind, head in (("custom", None), ("trained", bundle.head)):
         router = Router(bundle.agents, UNCALIBRATED, encoder=encoder, head=head)
         signals = [router.signals(row.task) for row in labelled]
         fitted[kind] = calibrate(signals, labelled, names)
-        hits = routed_rightly(signals, labelled, names)
     entry["calibration"] = _calibrations({kind: fitted[kind] for kind in ("trained", "custom")})
-    return hits
+    return Routed.of(signals, labelled, names)  # by the bundle's own head
 
 
 def _encoder(bundle: Bundle, variant: Variant) -> Encoder:

@@ -8,7 +8,7 @@ is temperature scaling (Guo et al. 2017, arXiv:1706.04599).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,14 +98,34 @@ def _earned(
     return hybrid if gained - lost > 1.645 * np.sqrt(gained + lost) else embedding
 
 
-def routed_rightly(signals: Sequence[Signals], rows: Sequence[Labelled], agents: Sequence[str]) -> NDArray[np.bool_]:
-    """(tasks in scope,) bool: which of them the embedding alone routes rightly, abstaining aside."""
-    hits = []
-    for signal, row in zip(signals, rows, strict=True):
-        assert signal.evidence is not None
-        if row.agent != OUT_OF_SCOPE:
-            hits.append(agents[int(signal.evidence.argmax())] == row.agent)
-    return np.array(hits)
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Where the embedding alone routes the tasks in scope, abstaining aside.
+
+    Attributes:
+        chosen: (tasks,) int64, position of the agent chosen.
+        label: (tasks,) int64, position of the right one.
+    """
+
+    chosen: NDArray[np.int64]
+    label: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, signals: Sequence[Signals], rows: Sequence[Labelled], agents: Sequence[str]) -> Routed:
+        """Take what is known of each row's task; rows out of scope are passed over."""
+        chosen, label = [], []
+        for signal, row in zip(signals, rows, strict=True):
+            assert signal.evidence is not None
+            if row.agent != OUT_OF_SCOPE:
+                chosen.append(int(signal.evidence.argmax()))
+                label.append(agents.index(row.agent))
+        return cls(np.array(chosen, dtype=np.int64), np.array(label, dtype=np.int64))
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """(tasks,) which of them are routed rightly."""
+        hits: NDArray[np.bool_] = self.chosen == self.label
+        return hits
 
 
 def _features(signal: Signals) -> NDArray[np.float64]:

@@ -22,7 +22,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from edge.bundle import Golden
+from edge.coreml import unit_rows
 from edge.session import NOT_FUSED
+from export.calibrate import Routed
 from export.checkpoint import Checkpoint
 from export.errors import ToolchainError
 from export.mil import MilProgram, Mode
@@ -53,6 +55,7 @@ class Report:
         grid: Cosine minimum of the odd texts and of each shape of the grid, by name.
         failures: What missed its bound, in words; empty if nothing did.
         accuracy: Share of labelled tasks that the vectors alone route rightly, if any were given.
+        agreement: Share of them that it routes to the same agent as fp32.
         maximum_drop: Share of them that the stage was allowed to lose against fp32.
         resident: Share of a CoreML package's multiplications that are in a form for the Neural Engine.
         seconds: What converting to a CoreML package took.
@@ -68,6 +71,7 @@ class Report:
     grid: dict[str, float]
     failures: tuple[str, ...]
     accuracy: float | None = None
+    agreement: float | None = None
     maximum_drop: float | None = None
     resident: float | None = None
     seconds: float | None = None
@@ -83,7 +87,8 @@ class Report:
         values = asdict(self)
         kept = {key: values[key] for key in ("texts", "cosine_min", "cosine_mean", "nearest_agreement")}
         kept |= {"grid_cosine_min": self.grid_min}
-        return kept | {key: values[key] for key in ("accuracy", "maximum_drop", "resident") if values[key] is not None}
+        more = ("accuracy", "agreement", "maximum_drop", "resident")
+        return kept | {key: values[key] for key in more if values[key] is not None}
 
     def document(self) -> dict[str, Any]:
         """Everything, ready for JSON, which has no word for what is not finite: null."""
@@ -208,33 +213,57 @@ class Reference:
         )
 
 
-def judge(report: Report, hits: Mapping[str, NDArray[np.bool_]], first: str, maximum_drop: float) -> Report:
+def judge(
+    report: Report, routed: Mapping[str, Routed], first: str, maximum_drop: float, same_decisions: bool = False
+) -> Report:
     """A report with its routing accuracy; too large a drop against the stage ``first``, beyond chance, is a failure.
 
     One-sided sign test at 5 %, normal approximation, against the allowed drop.
 
     Args:
         report: Of a stage.
-        hits: By stage, which labelled tasks it routes rightly; without the stage ``first`` nothing is gated.
+        routed: Where each stage routes the labelled tasks; without the stage ``first`` nothing is gated.
         first: What the drop is measured against.
         maximum_drop: The allowed share of tasks.
+        same_decisions: That share bounds the tasks routed elsewhere as well, whichever is right; beyond chance, by
+            a one-sided test at 5 % of their number, which is Poisson's.
     """
-    own = hits.get(report.stage)
+    own = routed.get(report.stage)
     if own is None:
         return report
     failures = report.failures
-    if first in hits:
-        lost, gained = int((hits[first] & ~own).sum()), int((own & ~hits[first]).sum())
-        if lost - gained > maximum_drop * len(own) + 1.645 * np.sqrt(lost + gained):
+    agreement = None
+    if first in routed:
+        count = len(own.label)
+        lost = int((routed[first].right & ~own.right).sum())
+        gained = int((own.right & ~routed[first].right).sum())
+        if lost - gained > maximum_drop * count + 1.645 * np.sqrt(lost + gained):
             failures += (
-                f"routes {lost - gained} of {len(own)} labelled tasks fewer rightly than {first}, more than "
+                f"routes {lost - gained} of {count} labelled tasks fewer rightly than {first}, more than "
                 f"{maximum_drop:.1%} and chance allow",
             )
-    return replace(report, accuracy=float(own.mean()), maximum_drop=maximum_drop, failures=failures)
+        elsewhere = int((routed[first].chosen != own.chosen).sum())
+        agreement = 1 - elsewhere / count
+        if same_decisions and _poisson_tail(elsewhere, maximum_drop * count) < 0.05:
+            failures += (
+                f"routes {elsewhere} of {count} labelled tasks elsewhere than {first}, more than {maximum_drop:.1%} "
+                "and chance allow",
+            )
+    accuracy = float(own.right.mean())
+    return replace(report, accuracy=accuracy, agreement=agreement, maximum_drop=maximum_drop, failures=failures)
+
+
+def _poisson_tail(count: int, mean: float) -> float:
+    """Chance of ``count`` or more where ``mean`` are expected."""
+    logs = [i * math.log(mean) - mean - math.lgamma(i + 1) for i in range(count)] if mean else [0.0] * min(count, 1)
+    return 1 - math.fsum(map(math.exp, logs))
 
 
 class RunBackend:
-    """A stage in the place of a bundle's back end, to route with it. Vectors are kept: tasks come twice."""
+    """A stage in the place of a bundle's back end, to route with it. Vectors are kept: tasks come twice.
+
+    They are brought to length 1 and checked as the runtime does with a package's.
+    """
 
     def __init__(self, run: Run) -> None:
         """Take a stage that embeds one text at a time."""
@@ -245,7 +274,8 @@ class RunBackend:
         """(1, tokens) ids and mask to a (1, dim) vector."""
         key = tuple(ids[0].tolist())
         if key not in self._known:
-            self._known[key] = self._run(ids, mask)
+            vectors = self._run(ids, mask)
+            self._known[key] = unit_rows(vectors, vectors.shape)
         return self._known[key]
 
 

@@ -8,9 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edge.bundle import Bundle, File, Generator, Variant
 from edge.doctor import Check, examine
 from edge.encoder import Encoder
@@ -18,7 +15,7 @@ from edge.errors import InputError
 from edge.evaluate import OUT_OF_SCOPE, Labelled
 from edge.router import Router
 from export.bundle import MAXIMUM_DROP
-from export.calibrate import routed_rightly
+from export.calibrate import Routed
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.coreml import PACKAGES
 from export.errors import CheckpointError
@@ -78,7 +75,7 @@ def verify(
     short = None  # the first stage on texts that packages can take
     names = [agent.name for agent in bundle.agents]
     reports: list[Report] = []
-    hits: dict[str, NDArray[np.bool_]] = {}
+    routed: dict[str, Routed] = {}
     if checkpoint_path is not None:
         checkpoint = _checkpoint(bundle, checkpoint_path, quiet)
         inputs = Inputs.of_checkpoint(checkpoint)
@@ -96,7 +93,7 @@ def verify(
             router = Router(
                 bundle.agents, dict(calibration), encoder=Encoder(bundle, RunBackend(run)), head=bundle.head
             )
-            hits[NETWORK] = routed_rightly([router.signals(row.task) for row in labelled], labelled, names)
+            routed[NETWORK] = Routed.of([router.signals(row.task) for row in labelled], labelled, names)
     elif any(variant.id == "fp32" for variant in held):
         encoder = Encoder.load(bundle)
 
@@ -115,7 +112,7 @@ def verify(
             if labelled:
                 encoder = Encoder(bundle, RunBackend(stage), lengths=variant.lengths)
                 router = Router(bundle.agents, dict(variant.calibration["trained"]), encoder=encoder, head=bundle.head)
-                hits[variant.id] = routed_rightly([router.signals(row.task) for row in labelled], labelled, names)
+                routed[variant.id] = Routed.of([router.signals(row.task) for row in labelled], labelled, names)
             if variant.id != reference.name:
                 known = VARIANTS.get(variant.id) or PACKAGES[variant.id]
                 elsewhere = min(known.elsewhere, variant.minimum_cosine)
@@ -124,7 +121,8 @@ def verify(
                 if variant.runtime == "coreml":
                     report = _with_residency(report, bundle, variant)
                 drop = variant.parity.get("maximum_drop", MAXIMUM_DROP)
-                reports.append(judge(replace(report, bytes=variant.bytes), hits, reference.name, drop))
+                report = replace(report, bytes=variant.bytes)
+                reports.append(judge(report, routed, reference.name, drop, variant.id in PACKAGES))
     return checks, reports
 
 

@@ -19,6 +19,7 @@ import torch
 
 from edge import Bundle, Encoder, Router
 from edge.doctor import examine
+from export.calibrate import Routed
 from export.checkpoint import Checkpoint
 from export.cli import main
 from export.errors import ToolchainError
@@ -217,17 +218,29 @@ def test_every_variant_is_measured_and_the_front_kept(exported: Path, tmp_path: 
 def test_a_drop_in_accuracy_is_refused(exported: Path) -> None:
     """The gate itself: a variant that decides worse by more than chance."""
     report = Report("int8", "fp32", 1, 1.0, 1.0, 1.0, {"x": 1.0}, ())
-    right = np.ones(1000, dtype=bool)
-    worse = right.copy()
-    worse[:30] = False
-    assert judge(report, {"fp32": right, "int8": worse}, "fp32", 0.005).failures
-    assert not judge(report, {"fp32": right, "int8": worse}, "fp32", 0.05).failures
-    worse[4:] = True
-    judged = judge(report, {"fp32": right, "int8": worse}, "fp32", 0.005)
-    assert not judged.failures
-    assert judged.accuracy == 0.996
+    label = np.zeros(1000, dtype=np.int64)
+
+    def judged(wrong: int, drop: float, same: bool = False) -> Report:
+        chosen = np.where(np.arange(1000) < wrong, 1, label)
+        routed = {"fp32": Routed(label, label), "int8": Routed(chosen, label)}
+        return judge(report, routed, "fp32", drop, same)
+
+    assert judged(30, 0.005).failures
+    assert not judged(30, 0.05).failures
+    assert not judged(4, 0.005).failures
+    assert (judged(4, 0.005).accuracy, judged(4, 0.005).agreement) == (0.996, 0.996)
+    # Wrong either way, but not the same: nothing lost, and yet not the same decisions. Of 5 expected, chance
+    # makes 10 or more in 3 of 100 cases, 9 or more in 7.
+    assert not judged(9, 0.005, same=True).failures
+    wrong = np.full(1000, 2)
+    for elsewhere, same, fails in ((10, True, True), (10, False, False), (9, True, False), (0, True, False)):
+        chosen = np.where(np.arange(1000) < elsewhere, 1, wrong)
+        routed = {"fp32": Routed(wrong, label), "int8": Routed(chosen, label)}
+        assert bool(judge(report, routed, "fp32", 0.005, same).failures) == fails
+    assert judge(report, {"fp32": Routed(wrong, label), "int8": Routed(wrong, label)}, "fp32", 0.0, True).failures == ()
     parity = Bundle.open(exported).variant("int8").parity
     assert parity["accuracy"] > 0.3
+    assert 0.9 < parity["agreement"] < 1
     assert parity["maximum_drop"] == 0.05
 
 
