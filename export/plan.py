@@ -23,7 +23,7 @@ from export.dataset import (
 from export.errors import CheckpointError, RecipeError
 from export.finetune import Plan
 from export.parity import parity_texts
-from export.recipe import Recipe, Split, Train
+from export.recipe import Recipe, Split, Student, Train
 from export.soft_labels import ask, read_soft_labels
 from export.student import shrink
 from export.unpack import is_bundle, unpack_bundle
@@ -83,7 +83,7 @@ def plan_recipe(
         further = [*further, *(Example(t, labels[int(soft[t].argmax())], None, 0.0) for t in made_up if t in soft)]
     origin = recipe.base_folder() if start is None else start
     begin = load_start(origin)
-    if start is None and (recipe.student.layers or recipe.student.vocabulary):
+    if start is None and recipe.student != Student():
         begin = shrink(begin, recipe.student, [e.task for e in (*dataset.train, *further)])
     return Plan(
         name=recipe.name,

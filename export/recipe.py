@@ -89,6 +89,7 @@ class Student:
 
     layers: tuple[int, ...] = ()  # which of the base's layers to keep; empty keeps all
     vocabulary: int = 0  # how many tokens to keep, the most frequent in the training data; 0 keeps all
+    inner: int = 0  # width of the feed-forward, its weightiest neurons; 0 keeps the base's
     positions: int = 0  # longest input in tokens; 0 keeps the base's
 
 
