@@ -8,11 +8,15 @@ Unicode-normalised, case-folded text: "c++", "c#" and ".net" work, and "ci" does
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edge.agents import Agent
+
+
+_WORD = re.compile(r"\w")
 
 
 def normalise(text: str) -> str:
@@ -77,23 +81,18 @@ class _Phrases:
         self._by_initial: dict[str, list[str]] = {}
         for phrase in sorted(owners, key=len, reverse=True):
             self._by_initial.setdefault(phrase[:1], []).append(phrase)
+        # Where a phrase may start: one of the initials, no word character before it.
+        self._start = re.compile(rf"(?<!\w)[{re.escape(''.join(self._by_initial))}]") if owners else None
 
     def find(self, text: str) -> list[tuple[str, list[int]]]:
-        if not self._by_initial:
+        if self._start is None:
             return []
         found = []
-        inside = False  # is the character before this position a word character?
-        for position, character in enumerate(text):
-            if not inside:
-                for phrase in self._by_initial.get(character, ()):
-                    end = position + len(phrase)
-                    if text.startswith(phrase, position) and not (end < len(text) and _is_word(text[end])):
-                        found.append((phrase, self._owners[phrase]))
-                        if not self._every:
-                            break
-            inside = _is_word(character)
+        for start in self._start.finditer(text):
+            position = start.start()
+            for phrase in self._by_initial[text[position]]:
+                if text.startswith(phrase, position) and not _WORD.match(text, position + len(phrase)):
+                    found.append((phrase, self._owners[phrase]))
+                    if not self._every:
+                        break
         return found
-
-
-def _is_word(character: str) -> bool:
-    return character.isalnum() or character == "_"

@@ -198,7 +198,9 @@ class Router:
             return Signals(matches, None, None, None, truncated, empty)
         tokens = self.encoder.tokenize(text)
         vector = self.encoder.encode_tokens(tokens)
-        cosine: NDArray[np.float32] = (self._prototypes @ vector).max(axis=1)
+        # As one matrix: numpy takes five times as long over a stack of small ones.
+        flat = self._prototypes.reshape(-1, self._prototypes.shape[2])
+        cosine: NDArray[np.float32] = (flat @ vector).reshape(self._prototypes.shape[:2]).max(axis=1)
         evidence, out_of_scope = cosine, None
         if self._head is not None and self._head.linear is not None:
             said = self._head.linear.weight @ vector + self._head.linear.bias
@@ -230,25 +232,20 @@ class Router:
             leads = np.zeros(len(found))
             leads[list(signals.matches.first)] = -1
             order = np.lexsort((np.zeros(len(found)) if cosine is None else -cosine, found, leads))
-        top, second = order[0], order[1] if len(order) > 1 else None
-        confidence = float(probability[top])
+        shares: list[float] = probability.tolist()
+        cosines: list[float | None] = [None] * len(shares) if cosine is None else cosine.tolist()
+        places: list[int] = order.tolist()
+        top = places[0]
+        confidence = shares[top]
         unmatched = method == "keyword" and not signals.matches.first
         abstains = signals.empty or unmatched or confidence < calibration.threshold
-        ranking = tuple(
-            Ranked(
-                self.agents[i].name,
-                float(probability[i]),
-                None if cosine is None else float(cosine[i]),
-            )
-            for i in order
-        )
         return Decision(
             agent=None if abstains else self.agents[top].name,
             method="abstain" if abstains else method,
             confidence=0.0 if signals.empty else confidence,
-            margin=0.0 if signals.empty or second is None else confidence - float(probability[second]),
+            margin=0.0 if signals.empty or len(places) == 1 else confidence - shares[places[1]],
             matched=() if method == "embedding" else signals.matches.phrases[top],
-            ranking=ranking,
+            ranking=tuple([Ranked(self.agents[i].name, shares[i], cosines[i]) for i in places]),
             truncated=signals.truncated,
         )
 
