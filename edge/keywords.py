@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from edge.agents import Agent
 
-
 _WORD = re.compile(r"\w")
 
 
