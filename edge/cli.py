@@ -1,4 +1,4 @@
-"""The command ``ruvltra``: route, embed, eval, inspect, doctor."""
+"""The command ``ruvltra``: route, embed, eval, inspect, device, tune, doctor."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
+import onnxruntime
 
 from edge import __version__
 from edge.bundle import Bundle
+from edge.choice import LIMIT, USES
 from edge.encoder import Encoder, clean
-from edge.errors import EdgeError, InputError
+from edge.errors import EdgeError, EdgeWarning, InputError
+from edge.providers import Candidate, Provider
 from edge.router import STRATEGIES, Decision, Router
 from edge.session import MAX_THREADS
 
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from edge.evaluate import Score
 
 T = TypeVar("T")
+_BLOCK = 256  # texts between two steps of a counter
 ABSTAINED = 3  # exit status of `ruvltra route` for a single text that nobody takes
 
 
@@ -33,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 error, 2 usage, 3 abstained)."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", EdgeWarning)
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            return int(options.run(options))
     except EdgeError as error:
         print(f"ruvltra: {error}", file=sys.stderr)
         return 1
@@ -47,6 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"ruvltra: {message}", file=sys.stderr)
 
 
 def run() -> NoReturn:
@@ -78,8 +90,28 @@ def _parser() -> argparse.ArgumentParser:
 
     bundle = argparse.ArgumentParser(add_help=False)
     bundle.add_argument("--bundle", metavar="DIR", help="bundle folder or zip file (default: the one that is built in)")
-    bundle.add_argument("--variant", metavar="ID", help="variant of the bundle to run (default: the bundle's choice)")
-    bundle.add_argument("--threads", type=_threads, metavar="N", help="threads for one text (default: 1)")
+    bundle.add_argument("--variant", metavar="ID", help="variant of the bundle to run (default: what suits the device)")
+    bundle.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda, coreml, openvino ... (default: auto, what `ruvltra tune` measured as best, or cpu)",
+    )
+    bundle.add_argument(
+        "--option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the device's provider, in place of the known ones; may be repeated",
+    )
+    bundle.add_argument("--strict", action="store_true", help="refuse unless the whole model runs on that device")
+    bundle.add_argument(
+        "--use", choices=USES, default="latency", help="what a measured winner is to be best at (default: latency)"
+    )
+    bundle.add_argument(
+        "--threads", type=_threads, metavar="N", help="threads for one text (default: 1 with int8, else all cores)"
+    )
     agents = argparse.ArgumentParser(add_help=False)
     agents.add_argument(
         "--agents", metavar="PATH", help="your own agents: a .toml, .json or .md file, or a folder of .md files"
@@ -128,11 +160,37 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: the built-in bundle")
     inspect.set_defaults(run=_inspect)
 
+    device = verbs.add_parser(
+        "device",
+        parents=[as_json],
+        help="show what this device has",
+        description="Show processor, cores and memory that may be used, accelerators, and ONNX Runtime's providers.",
+    )
+    device.set_defaults(run=_device)
+
+    tune = verbs.add_parser(
+        "tune",
+        parents=[as_json],
+        help="measure what runs a bundle best here, and remember it",
+        description="Measure every variant on every provider of this device, each in a process of its own, and keep "
+        "the best for latency, throughput and memory in the user's cache folder.",
+    )
+    tune.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: the built-in bundle")
+    tune.add_argument(
+        "--seconds", type=_seconds, default=1.0, metavar="S", help="to time each length and batch (default: 1)"
+    )
+    tune.add_argument(
+        "--limit", type=_seconds, default=LIMIT, metavar="S", help=f"to stop a candidate after (default: {LIMIT:g})"
+    )
+    tune.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latency against memory")
+    tune.set_defaults(run=_tune)
+
     doctor = verbs.add_parser(
         "doctor",
         parents=[as_json],
         help="prove a bundle on this device",
-        description="Recompute hashes, token ids and vectors on this device; exit status 1 if anything is wrong.",
+        description="Recompute hashes, token ids and vectors on this device, and say what runs it, why, and how fast; "
+        "exit status 1 if anything is wrong.",
     )
     doctor.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: the built-in bundle")
     doctor.set_defaults(run=_doctor)
@@ -143,6 +201,35 @@ def _threads(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_THREADS:
         raise argparse.ArgumentTypeError(f"must be a number from 1 to {MAX_THREADS}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError("must be a number of seconds above 0")
+    return value
+
+
+def _option(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError("must be KEY=VALUE")
+    return key, value
+
+
+def _wanted(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``Router.load`` and ``Encoder.load`` that both have."""
+    device = Provider(options.device, dict(options.option)) if options.option else options.device
+    return {
+        "variant": options.variant,
+        "device": device,
+        "threads": options.threads,
+        "strict": options.strict,
+        "use": options.use,
+    }
 
 
 def _texts(arguments: Sequence[str]) -> Iterator[str]:
@@ -167,13 +254,7 @@ def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 
 def _route(options: argparse.Namespace) -> int:
-    router = Router.load(
-        options.bundle,
-        agents=options.agents,
-        strategy=options.strategy,
-        variant=options.variant,
-        threads=options.threads,
-    )
+    router = Router.load(options.bundle, agents=options.agents, strategy=options.strategy, **_wanted(options))
     decision = None
     for task in _texts(options.text):
         started = time.perf_counter()
@@ -224,13 +305,14 @@ def _quoted(phrases: Sequence[str]) -> str:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    encoder = Encoder.load(options.bundle, variant=options.variant, threads=options.threads)
+    encoder = Encoder.load(options.bundle, **_wanted(options))
     if options.output is None:
         for text in _texts(options.text):
             print(json.dumps({"text": text, "vector": encoder.encode([text])[0].tolist()}), flush=True)
         return 0
     texts = list(_texts(options.text))
-    vectors = encoder.encode(_progress(texts, len(texts), "embedded"))
+    blocks = [texts[start : start + _BLOCK] for start in range(0, len(texts), _BLOCK)] or [[]]
+    vectors = np.concatenate([encoder.encode(block) for block in _progress(blocks, len(blocks), "embedded, blocks")])
     path: Path = options.output
     try:
         path = path.resolve()
@@ -259,8 +341,7 @@ def _eval(options: argparse.Namespace) -> int:
         options.bundle,
         agents=options.agents,
         strategy="hybrid" if options.strategy == "all" else options.strategy,
-        variant=options.variant,
-        threads=options.threads,
+        **_wanted(options),
     )
     rows = read_labelled(options.file, [agent.name for agent in router.agents])
     signals = _progress((router.signals(row.task) for row in rows), len(rows), "routed")
@@ -311,6 +392,14 @@ def _inspect(options: argparse.Namespace) -> int:
         "goldens": len(bundle.goldens()),
         "tools": bundle.tools,
     }
+    try:
+        encoder = Encoder.load(bundle)
+        placement = encoder.placement
+        summary["placement"] = None if placement is None else asdict(placement)
+        runs = str(placement)
+    except EdgeError as error:
+        summary["placement"] = None
+        runs = f"not here: {error}"
     if options.json:
         print(json.dumps(summary))
         return 0
@@ -328,6 +417,7 @@ def _inspect(options: argparse.Namespace) -> int:
         size = f"{variant.bytes / 1e6:.1f} MB"
         print(f"             {variant.model.file}, {size}, cosine to fp32 >= {variant.minimum_cosine}")
         print(f"             confidence calibrated on: {variant.calibrated_on or 'nothing; not a probability'}")
+    print(f"  runs here  {runs}")
     print(f"  made with  {', '.join(f'{name} {version}' for name, version in bundle.tools.items())}")
     return 0
 
@@ -341,14 +431,67 @@ def _head(bundle: Bundle) -> str:
     return "trained prototypes" if several == 1 else f"trained prototypes, {several} an agent"
 
 
+def _device(options: argparse.Namespace) -> int:
+    from edge.device import detect
+    from edge.providers import installed
+
+    device, rows = detect(), installed()
+    if options.json:
+        found = {"threads": device.threads, "fingerprint": device.fingerprint, "onnxruntime": onnxruntime.__version__}
+        print(json.dumps(asdict(device) | found | {"providers": [asdict(row) for row in rows]}))
+        return 0
+    limit = "" if device.quota is None else f", limited to {device.quota:g} CPUs"
+    memory = "unknown" if device.memory is None else f"{device.memory / 1e9:.1f} GB may be used"
+    print(f"system       {device.system}, {device.machine}{f', {device.board}' if device.board else ''}")
+    print(f"processor    {device.cpu}: {', '.join(device.features) or 'no features known'}")
+    print(f"cores        {device.physical_cores} of {device.logical_cores} hardware threads' cores may be used{limit}")
+    print(f"threads      {device.threads} are worth having{'; runs on a battery' if device.battery else ''}")
+    print(f"memory       {memory}")
+    print(f"accelerators {', '.join(device.accelerators) or 'no sign of any'}")
+    print(f"ONNX Runtime {onnxruntime.__version__}")
+    for row in rows:
+        what = f": {', '.join(row.hardware)}" if row.hardware else ""
+        why = f", of no use: {row.unusable}" if row.unusable else what
+        print(f"provider     {row.name} ({row.source}){why}")
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from edge.tune import draw, tune
+
+    shown = sys.stderr.isatty() and not options.json
+
+    def progress(done: int, total: int, candidate: Candidate) -> None:
+        if shown:
+            bar = "#" * (20 * done // total)
+            print(f"\r\033[K[{bar:<20}] {done}/{total} {candidate}", end="", file=sys.stderr, flush=True)
+
+    bundle = Bundle.open(options.bundle)
+    tuning = tune(bundle, seconds=options.seconds, limit=options.limit, progress=progress)
+    if shown:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    if options.json:
+        print(json.dumps(tuning.document()))
+    else:
+        print(tuning.table())
+    if options.plot:
+        draw(tuning, options.plot)
+    return 0
+
+
 def _doctor(options: argparse.Namespace) -> int:
-    from edge.doctor import examine
+    from edge.doctor import examine, examine_device
 
     checks = []
     for check in examine(options.bundle):
         checks.append(check)
         if not options.json:
             print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}", flush=True)
+    if all(check.ok for check in checks):
+        for check in examine_device(options.bundle):
+            checks.append(check)
+            if not options.json:
+                print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}", flush=True)
     healthy = all(check.ok for check in checks)
     if options.json:
         print(json.dumps({"ok": healthy, "checks": [asdict(check) for check in checks]}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import platform
 import shutil
 import tempfile
@@ -16,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle import Bundle, Variant
+from edge.device import CACHE, cache_folder
 from edge.errors import BackendError, ChecksumError, ManifestError, MissingExtra, ProviderUnavailable
 from edge.session import check_unit_rows
 
-CACHE = "RUVLTRA_CACHE"  # environment variable: where compiled models are kept
 _INPUT, _OUTPUT = "input_ids", "embedding"
 _LENGTH_ERROR = 0.01  # of a vector's length: its squares are summed in half precision, which alone makes 0.0006
 
@@ -39,8 +38,8 @@ class CoreMLBackend:
     def __init__(self, bundle: Bundle, variant: Variant, *, device: str = "auto") -> None:
         """Check a package's files, compile it where this was not done before, and load it.
 
-        The compiled model is kept in a folder named after the package's content and the system's version:
-        ``~/Library/Caches/ruvltra-edge``, or where the environment variable ``RUVLTRA_CACHE`` says.
+        The compiled model is kept in a folder named after the package's content and the system's version, in
+        :func:`edge.device.cache_folder`.
 
         Args:
             bundle: The opened bundle.
@@ -129,9 +128,7 @@ def compiled(bundle: Bundle, variant: Variant) -> Path:
 
     digest = hashlib.sha256("\n".join(file.sha256 for file in variant.files).encode())
     digest.update(f"\n{platform.mac_ver()[0]}\n{ct.__version__}".encode())
-    stated = os.environ.get(CACHE)
-    cache = Path(stated) if stated else Path.home() / "Library" / "Caches" / "ruvltra-edge"
-    kept = cache / f"{digest.hexdigest()[:32]}.mlmodelc"
+    kept = cache_folder() / f"{digest.hexdigest()[:32]}.mlmodelc"
     places = [bundle.locate(file) for file in variant.files]  # by hash, whether compiled before or not
     if not kept.is_dir():
         _compile(variant, places, kept)

@@ -1,19 +1,35 @@
-"""Proves a bundle on this device: hashes, token ids, vectors and stability, recomputed here."""
+"""Proves a bundle on this device: hashes, token ids, vectors and stability, recomputed here; and says how it runs."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 
 from edge.bundle import Bundle, Variant
+from edge.choice import default_threads, make_backend
 from edge.coreml import available
+from edge.device import detect
 from edge.encoder import Encoder
 from edge.errors import EdgeError
+from edge.providers import Candidate, installed
 from edge.router import Router
+from edge.trial import run_trial
+from edge.tune import kept
 
+_TASK = "Fix the null pointer in the login handler"
+# All of them bring the module onnxruntime, and the one that was installed last has overwritten files of the others.
+_RIVALS = (
+    "onnxruntime onnxruntime-gpu onnxruntime-openvino onnxruntime-directml onnxruntime-webgpu onnxruntime-migraphx "
+    "onnxruntime-rocm onnxruntime-cann onnxruntime-silicon onnxruntime-coreml"
+).split()
 _LONGEST = 2048  # words; attention over more takes gigabytes
 
 
@@ -65,7 +81,9 @@ def _examine_files(bundle: Bundle, variant: Variant) -> Check:
 
 def _examine_variant(bundle: Bundle, variant: Variant) -> Iterator[Check]:
     try:
-        encoder = Encoder.load(bundle, variant=variant.id)
+        provider = "cpu" if variant.runtime == "onnx" else "coreml"
+        candidate = Candidate(variant.id, provider, threads=default_threads(variant))
+        encoder = Encoder(bundle, make_backend(bundle, variant, candidate), lengths=variant.lengths)
         yield Check(f"{variant.id}: model", True, f"{variant.model.file}, {variant.bytes / 1e6:.1f} MB, loads")
         goldens = bundle.goldens()
         if not goldens:
@@ -89,9 +107,87 @@ def _examine_variant(bundle: Bundle, variant: Variant) -> Iterator[Check]:
         yield Check(f"{variant.id}: length", True, detail)
         again = encoder.encode(texts[::-1])[::-1]
         yield Check(f"{variant.id}: order", np.array_equal(vectors, again), "vectors do not depend on order or company")
-        router = Router.load(bundle, variant=variant.id)
-        decision = router.route("Fix the null pointer in the login handler")
+        kind = "custom" if bundle.head is None else "trained"
+        router = Router(bundle.agents, dict(variant.calibration[kind]), encoder=encoder, head=bundle.head)
+        decision = router.route(_TASK)
         answer = f"{decision.agent or 'nobody'} at confidence {decision.confidence:.2f}"
         yield Check(f"{variant.id}: route", bool(np.isfinite(decision.confidence)), f"a task is routed: {answer}")
     except EdgeError as error:
         yield Check(f"{variant.id}: failed", False, str(error))
+
+
+def examine_device(path: str | Path | None = None) -> Iterator[Check]:
+    """Say how a bundle runs here: what was chosen and why, what is installed and not used, versions, time and memory.
+
+    Args:
+        path: As for :func:`examine`, which should have found nothing wrong.
+    """
+    device = detect()
+    cores = f"{device.threads} of {device.logical_cores} cores to use"
+    yield Check("device", True, f"{device.cpu}, {cores}, {', '.join(device.features) or 'no int8 instructions known'}")
+    yield from _versions()
+    bundle = Bundle.open(path)
+    with warnings.catch_warnings(record=True) as dropped:
+        warnings.simplefilter("always")
+        try:
+            encoder = Encoder.load(bundle)
+        except EdgeError as error:
+            yield Check("placement", False, str(error))
+            return
+    for warning in dropped:
+        yield Check("dropped", False, str(warning.message))
+    assert encoder.placement is not None
+    chosen = encoder.placement.candidate
+    yield Check("placement", True, str(encoder.placement))
+    yield from _unused(bundle, chosen)
+    trial = run_trial(bundle.path, chosen, seconds=0.2)
+    if trial.failure is not None or trial.load is None:
+        yield Check("time", False, f"{chosen}: {trial.failure}")
+        return
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "edge.cli", "route", "--bundle", str(bundle.path), _TASK]
+    done = subprocess.run(command, capture_output=True, check=False)
+    cold = time.perf_counter() - started
+    detail = (
+        f"a process takes {cold:.2f} s from its start to the first decision, {1000 * trial.load:.0f} ms of it to load"
+    )
+    yield Check("time, cold", done.returncode in (0, 3), detail)
+    warm = ", ".join(f"{t.p50:.2f} ms for {t.tokens} tokens" for t in trial.timings if t.batch == 1)
+    yield Check("time, warm", True, f"a text takes {warm} (median)")
+    if trial.rss is not None:
+        yield Check("memory", True, f"a process that embeds takes {trial.rss / 1e6:.0f} MB at most")
+
+
+def _versions() -> Iterator[Check]:
+    from importlib import metadata
+
+    here = []
+    for name in _RIVALS:
+        try:
+            here.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    said = ", ".join(here) or f"onnxruntime {ort.__version__}, installed by other means than pip"
+    if len(here) > 1:
+        said += ": they overwrite each other's files; uninstall all, then install one"
+    yield Check("onnxruntime", len(here) < 2, said)
+
+
+def _unused(bundle: Bundle, chosen: Candidate) -> Iterator[Check]:
+    """Each installed provider that was not chosen, and why."""
+    tuning = kept(bundle)
+    for row in installed():
+        if row.name == chosen.provider:
+            continue
+        trials = [] if tuning is None else [t for t in tuning.trials if t.candidate.provider == row.name]
+        good = [t for t in trials if t.failure is None and t.timings]
+        if row.unusable is not None:
+            why = row.unusable
+        elif not trials:
+            why = "not measured here; ruvltra tune does"
+        elif good:
+            best = min(good, key=lambda t: t.p50(12, 1))
+            why = f"its best takes {best.p50(12, 1):.2f} ms for 12 tokens ({best.candidate}); another one won"
+        else:
+            why = f"fails: {trials[0].failure}"
+        yield Check(f"not used: {row.name}", True, f"{row.source}; {why}")

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from edge.bundle import Bundle
+from edge.choice import Wish, open_backend, side_by_side
 from edge.errors import BackendError, InputError, ManifestError
-from edge.session import Backend, OnnxBackend
+from edge.providers import Provider
+from edge.session import Backend, Placement
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+T = TypeVar("T")
+_WORTH_SHARING = 4  # texts; fewer are done before a second thread has begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +45,37 @@ class Encoder:
 
     Every text runs by itself and without padding. The shipped int8 graphs scale activations by the
     whole tensor, so that a text's company or padding would change its vector; one text at a time,
-    it never does.
+    it never does. Several texts run side by side, one a core.
+
+    Attributes:
+        dim: Number of values of a vector.
+        max_length: Tokens of the longest text; longer ones are cut.
+        placement: What was chosen to run the model, why, and where its operations run; None for an
+            encoder that was put together by hand.
     """
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, tokenizer: Tokenizer | None = None, lengths: tuple[int, ...] = ()
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        tokenizer: Tokenizer | None = None,
+        lengths: tuple[int, ...] = (),
+        placement: Placement | None = None,
+        side_by_side: int = 1,
     ) -> None:
-        """Join a bundle's tokenizer and a back end; :meth:`load` does so with ONNX Runtime.
+        """Join a bundle's tokenizer and a back end; :meth:`load` does so with the best one.
 
-        ``lengths`` are the numbers of tokens that the back end takes, ascending; empty where it takes any.
+        Args:
+            bundle: The opened bundle.
+            backend: What runs its model.
+            tokenizer: The bundle's, where it is loaded already.
+            lengths: The numbers of tokens that the back end takes, ascending; empty where it takes any.
+            placement: What is known of where the model runs.
+            side_by_side: How many texts :meth:`encode` runs at the same time.
         """
+        self.placement = placement
+        self._side_by_side = side_by_side
+        self._pool: ThreadPoolExecutor | None = None
         self.dim = bundle.encoder.dim
         self.max_length = min(bundle.encoder.max_length, *lengths[-1:]) if lengths else bundle.encoder.max_length
         self._prompt = bundle.encoder.prompt
@@ -62,39 +92,38 @@ class Encoder:
         bundle: str | Path | Bundle | None = None,
         *,
         variant: str | None = None,
-        device: str = "auto",
+        device: str | Provider = "auto",
         threads: int | None = None,
+        strict: bool = False,
+        use: str = "latency",
     ) -> Encoder:
         """Open a bundle's encoder.
 
         Args:
             bundle: Folder, zip file or opened bundle; None for the one that comes with the package.
-            variant: Id of a variant; None for the bundle's default.
-            device: ``auto`` or ``cpu``.
-            threads: Threads for one text; None for 1. Core ML has threads of its own.
+            variant: Id of a variant; None for what suits the device.
+            device: ``auto`` takes what `ruvltra tune` measured as best here, else the CPU. Or ``cpu``, ``coreml``,
+                ``cuda``, ``openvino`` and so on, ``openvino:GPU``, or a :class:`Provider` with options of its own.
+            threads: Threads for one text; None for 1 with int8 activations, else all cores that may be used.
+            strict: Refuse unless the whole graph runs on the provider.
+            use: What a measured winner is to be best at: ``latency``, ``throughput`` or ``memory``.
 
         Raises:
             BundleError: The bundle cannot be used.
-            BackendError: Its model cannot run here.
+            BackendError: Its model cannot run here, or not as asked for.
+            InputError: There is no such device or use.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         # Hashing the weights leaves the interpreter free, so the tokenizer loads meanwhile.
         loading: list[Tokenizer | ManifestError] = []
         thread = threading.Thread(target=lambda: loading.append(_tokenizer_or_error(opened)), daemon=True)
         thread.start()
-        chosen = opened.variant(variant)
-        backend: Backend
-        if chosen.runtime == "coreml":
-            from edge.coreml import CoreMLBackend  # what it needs, other devices need not load
-
-            backend = CoreMLBackend(opened, chosen, device=device)
-        else:
-            backend = OnnxBackend(opened, chosen, device=device, threads=threads)
+        backend, chosen, placement = open_backend(opened, Wish(variant, device, threads, strict, use))
         thread.join()
         tokenizer = loading[0]
         if isinstance(tokenizer, ManifestError):
             raise tokenizer
-        return cls(opened, backend, tokenizer, chosen.lengths)
+        return cls(opened, backend, tokenizer, chosen.lengths, placement, side_by_side(placement.candidate))
 
     def tokenize(self, text: str) -> Tokens:
         """Token ids of a text, cut to the maximum length. Lone surrogates count as U+FFFD."""
@@ -127,8 +156,19 @@ class Encoder:
         """
         if isinstance(texts, str):
             raise InputError("encode takes a collection of texts. Put the string into a list.")
-        rows = [self.encode_tokens(self.tokenize(text)) for text in texts]
+        rows = self.each(lambda text: self.encode_tokens(self.tokenize(text)), texts)
         return np.stack(rows) if rows else np.empty((0, self.dim), dtype=np.float32)
+
+    def each(self, function: Callable[[str], T], texts: Iterable[str]) -> list[T]:
+        """What a function that encodes one text gives for each, in their order; side by side where that pays."""
+        items = list(texts)
+        if self._side_by_side == 1 or len(items) < _WORTH_SHARING:
+            return [function(text) for text in items]
+        if self._pool is None:
+            from concurrent.futures import ThreadPoolExecutor  # a single text does not need it
+
+            self._pool = ThreadPoolExecutor(self._side_by_side, thread_name_prefix="ruvltra")
+        return list(self._pool.map(function, items))
 
 
 def _load_tokenizer(bundle: Bundle) -> Tokenizer:

@@ -6,18 +6,24 @@
     │   ├── ChecksumError      a file is missing, changed, cut short or a link
     │   └── VersionError       the bundle needs another version of this package
     ├── BackendError           the model cannot run
-    │   ├── ProviderUnavailable  the execution provider is not installed
+    │   ├── ProviderUnavailable  the execution provider is not installed, or of no use here
+    │   ├── PlacementError     parts of the graph would run elsewhere than asked for
     │   └── OutputError        the model returned something that is not a unit vector
     ├── AgentError             a file of agents is broken (names file and line)
     ├── InputError             a value or file handed in by the caller cannot be used
     └── MissingExtra           an optional dependency is missing (names the pip command)
 
-Each message says what is wrong and ends with what to do about it.
+Each message says what is wrong and ends with what to do about it. ``EdgeWarning`` is no error: something that was to
+be used is not, and something else is.
 """
 
 
 class EdgeError(Exception):
     """Base class of all errors of this package."""
+
+
+class EdgeWarning(UserWarning):
+    """A way to run the model was dropped, and the next one is used."""
 
 
 class BundleError(EdgeError):
@@ -42,6 +48,10 @@ class BackendError(EdgeError):
 
 class ProviderUnavailable(BackendError):
     """The asked-for execution provider is not part of the installed ONNX Runtime."""
+
+
+class PlacementError(BackendError):
+    """``strict=True``, and not all of the graph runs on the provider asked for."""
 
 
 class OutputError(BackendError):

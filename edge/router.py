@@ -15,6 +15,7 @@ from edge.bundle import Bundle, Calibration, Head
 from edge.encoder import Encoder, clean
 from edge.errors import InputError, ManifestError
 from edge.keywords import KeywordRules, Matches
+from edge.providers import Provider
 
 STRATEGIES = ("keyword", "keyword-first", "embedding", "hybrid")
 MAX_CHARACTERS = 8192  # a task is cut here before anything looks at it; 256 tokens are far fewer
@@ -127,8 +128,10 @@ class Router:
         agents: str | Path | Sequence[Agent] | None = None,
         strategy: str = "hybrid",
         variant: str | None = None,
-        device: str = "auto",
+        device: str | Provider = "auto",
         threads: int | None = None,
+        strict: bool = False,
+        use: str = "latency",
     ) -> Router:
         """Open a router.
 
@@ -137,9 +140,11 @@ class Router:
             agents: Agents of your own instead of the bundle's: a TOML or JSON file, a folder of
                 Markdown agent files, or a list. No training is needed.
             strategy: ``hybrid``, ``embedding``, ``keyword`` or ``keyword-first``.
-            variant: Id of the bundle's variant to run; None for its default.
-            device: ``auto`` or ``cpu``.
-            threads: Threads for one task; None for 1.
+            variant: Id of the bundle's variant to run; None for what suits the device.
+            device: ``auto``, ``cpu`` or another provider; as for :meth:`edge.Encoder.load`, and so are
+            threads: threads for one task,
+            strict: refuse unless the whole graph runs on the provider,
+            use: and what a measured winner is to be best at.
 
         Raises:
             BundleError: The bundle cannot be used.
@@ -151,7 +156,11 @@ class Router:
         custom: Sequence[Agent] | None
         custom = load_agents(agents) if isinstance(agents, (str, Path)) else agents
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        chosen = opened.variant(variant)
+        encoder = None
+        if strategy != "keyword":
+            encoder = Encoder.load(opened, variant=variant, device=device, threads=threads, strict=strict, use=use)
+        placed = None if encoder is None else encoder.placement
+        chosen = opened.variant(variant if placed is None else placed.candidate.variant)
         kind = "custom" if custom is not None or opened.head is None else "trained"
         try:
             calibration = dict(chosen.calibration[kind])
@@ -161,9 +170,6 @@ class Router:
             raise ManifestError(
                 f"{opened.path}: variant {chosen.id!r} has no calibration {error}. Export it again."
             ) from None
-        encoder = None
-        if strategy != "keyword":
-            encoder = Encoder.load(opened, variant=chosen.id, device=device, threads=threads)
         return cls(
             opened.agents if custom is None else custom,
             calibration,
@@ -183,7 +189,9 @@ class Router:
         """Decide for many tasks, in their order; each exactly as :meth:`route` does."""
         if isinstance(tasks, str):
             raise InputError("route_many takes a collection of tasks. Put the string into a list, or call route.")
-        return [self.route(task) for task in tasks]
+        if self.encoder is None:
+            return [self.route(task) for task in tasks]
+        return self.encoder.each(self.route, tasks)
 
     def signals(self, task: str) -> Signals:
         """Match keywords and measure similarities; the input of :meth:`decide`."""

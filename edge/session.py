@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -11,6 +15,17 @@ from numpy.typing import NDArray
 
 from edge.bundle import Bundle, Variant
 from edge.errors import BackendError, OutputError, ProviderUnavailable
+from edge.providers import (
+    CPU,
+    KNOWN,
+    LENGTHS,
+    Candidate,
+    Known,
+    first_line,
+    hardware_of,
+    plugin_package,
+    register,
+)
 
 MAX_THREADS = 256
 # ONNX Runtime's own fusions that make a graph slower: its SkipLayerNormalization is not vectorised
@@ -27,59 +42,71 @@ class Backend(Protocol):
         ...
 
 
-class OnnxBackend:
-    """An ONNX Runtime session on the CPU. Thread-safe: sessions may run concurrently."""
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a loaded graph runs, read back from ONNX Runtime.
 
-    def __init__(self, bundle: Bundle, variant: Variant, *, device: str = "auto", threads: int | None = None) -> None:
+    Attributes:
+        candidate: What was loaded.
+        reason: Why it was chosen.
+        nodes: Number of the graph's operations by provider, as ONNX Runtime names them; empty for a back end that
+            does not tell (Core ML, those of other packages).
+    """
+
+    candidate: Candidate
+    reason: str
+    nodes: Mapping[str, int]
+
+    @property
+    def share(self) -> float | None:
+        """Share of the operations that run on the candidate's own provider; None where that is not known."""
+        return self.own() / sum(self.nodes.values()) if self.nodes else None
+
+    def own(self) -> int:
+        """Number of operations that run on the candidate's own provider."""
+        known = KNOWN.get(self.candidate.provider)
+        return self.nodes.get(self.candidate.provider if known is None else known.provider, 0)
+
+    def __str__(self) -> str:
+        total = sum(self.nodes.values())
+        where = ", ".join(f"{count} of {total} operations on {name}" for name, count in self.nodes.items())
+        return f"{self.candidate}: {where or 'placement unknown'}; {self.reason}"
+
+
+class OnnxBackend:
+    """ONNX Runtime sessions. Thread-safe: sessions may run concurrently.
+
+    A provider that compiles one graph a shape gets a session for each of ``LENGTHS`` that occurs, made when it does.
+    """
+
+    def __init__(self, bundle: Bundle, variant: Variant, candidate: Candidate) -> None:
         """Load a variant's graph.
 
         Args:
             bundle: The opened bundle.
-            variant: One of its variants; its file is checked by hash here.
-            device: ``auto`` or ``cpu``.
-            threads: Threads for one run; None takes 1, the fastest for short texts on shared cores.
+            variant: One of its variants; its files are checked by hash here.
+            candidate: Where it shall run.
 
         Raises:
-            ProviderUnavailable: ``device`` is neither of the two.
-            BackendError: The graph cannot be loaded, or ``threads`` is not positive.
+            ProviderUnavailable: The provider is not installed, or ONNX Runtime passed over it.
+            BackendError: The graph cannot be loaded.
         """
-        if device not in ("auto", "cpu"):
-            raise ProviderUnavailable(f"device {device!r} is not available in this version. Use 'auto' or 'cpu'.")
         if variant.runtime != "onnx":
             raise ProviderUnavailable(
                 f"variant {variant.id!r} needs the runtime {variant.runtime!r}. Use an onnx variant."
             )
-        threads = 1 if threads is None else threads
-        if not 1 <= threads <= MAX_THREADS:
-            raise BackendError(f"threads must be 1 to {MAX_THREADS}, not {threads}. Leave it out for the default.")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        graph = bundle.read(variant.model)
-        # A graph without listed weights may not pull in files that nobody checked.
-        if variant.weights is None:
-            options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path / "no-weights-are-listed"))
-        else:
-            weights = bundle.locate(variant.weights)
-            if isinstance(weights, bytes):
-                name = PurePosixPath(variant.weights.file).name
-                options.add_external_initializers_from_files_in_memory([name], [weights], [len(weights)])
-            else:
-                # Mapped by ONNX Runtime: no copy, and processes share the pages.
-                options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights.parent))
-        try:
-            self._session = ort.InferenceSession(
-                graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=NOT_FUSED
-            )
-        except Exception as error:
-            if not type(error).__module__.startswith("onnxruntime"):
-                raise
-            raise BackendError(
-                f"{variant.model.file}: ONNX Runtime {ort.__version__} cannot load it ({error}). "
-                "Install a version of onnxruntime from this package's tested range."
-            ) from None
         self.dim = bundle.encoder.dim
+        self._candidate = candidate
+        self._known = KNOWN.get(candidate.provider) or Known(candidate.provider)
+        self._file = variant.model.file
+        self._graph = bundle.read(variant.model)
+        self._weights = None if variant.weights is None else bundle.locate(variant.weights)
+        self._weights_name = "" if variant.weights is None else PurePosixPath(variant.weights.file).name
+        self._nowhere = str(bundle.path / "no-weights-are-listed")
+        self._lengths = [n for n in LENGTHS if n < bundle.encoder.max_length] + [bundle.encoder.max_length]
+        self._lock = threading.Lock()
+        self._sessions: dict[int, ort.InferenceSession] = {}  # by length; 0 for any
+        self._session(self._lengths[0] if self._known.static else 0)
 
     def run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run the graph and check what comes out.
@@ -92,15 +119,94 @@ class OnnxBackend:
             (batch, dim) float32, rows of unit length.
 
         Raises:
+            BackendError: The graph cannot run these shapes.
             OutputError: The result has another shape, is not finite or not of unit length.
         """
         try:
-            vectors = self._session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+            if self._known.static:
+                vectors = np.concatenate(
+                    [self._fixed(row[None], kept[None]) for row, kept in zip(ids, mask, strict=True)]
+                )
+            else:
+                vectors = self._sessions[0].run(None, {"input_ids": ids, "attention_mask": mask})[0]
+        except BackendError:
+            raise
         except Exception as error:  # ONNX Runtime raises ValueError and a dozen types of its own
             raise BackendError(f"the model cannot run {ids.shape[1]} tokens ({error}). Run: ruvltra doctor") from None
         check_unit_rows(vectors, (ids.shape[0], self.dim))
         result: NDArray[np.float32] = vectors
         return result
+
+    def nodes(self) -> dict[str, int]:
+        """Number of the graph's operations by provider, before ONNX Runtime fuses more of them."""
+        session = next(iter(self._sessions.values()))
+        counts: Counter[str] = Counter()
+        for part in session.get_provider_graph_assignment_info():
+            counts[part.ep_name] += len(part.get_nodes())
+        return dict(counts)
+
+    def _fixed(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """One text, padded at its end to a length that there is a session for."""
+        length = next((n for n in self._lengths if n >= ids.shape[1]), ids.shape[1])
+        padding = ((0, 0), (0, length - ids.shape[1]))
+        fed = {"input_ids": np.pad(ids, padding), "attention_mask": np.pad(mask, padding)}
+        result: NDArray[np.float32] = self._session(length).run(None, fed)[0]
+        return result
+
+    def _session(self, length: int) -> ort.InferenceSession:
+        with self._lock:
+            if length not in self._sessions:
+                self._sessions[length] = self._load(length)
+            return self._sessions[length]
+
+    def _load(self, length: int) -> ort.InferenceSession:
+        candidate, name = self._candidate, self._known.provider
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = candidate.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.enable_mem_pattern = candidate.provider != "directml"  # which does without, says its documentation
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(candidate.spinning)))
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if length:
+            options.add_free_dimension_override_by_name("batch", 1)
+            options.add_free_dimension_override_by_name("tokens", length)
+        # A graph without listed weights may not pull in files that nobody checked.
+        if isinstance(self._weights, bytes):
+            options.add_external_initializers_from_files_in_memory(
+                [self._weights_name], [self._weights], [len(self._weights)]
+            )
+        else:
+            # Mapped by ONNX Runtime: no copy, and processes share the pages.
+            folder = self._nowhere if self._weights is None else str(self._weights.parent)
+            options.add_session_config_entry(_WEIGHTS_FOLDER, folder)
+        listed: list[Any] = [CPU]
+        try:
+            package = None if name == CPU or name in ort.get_available_providers() else plugin_package(name)
+            if package is not None:
+                register(package)
+                options.add_provider_for_devices(hardware_of(name, candidate.hardware), dict(candidate.options))
+                listed = []
+            elif name != CPU:
+                listed = [(name, dict(candidate.options)), CPU]
+            session = ort.InferenceSession(
+                self._graph, options, providers=listed or None, disabled_optimizers=NOT_FUSED
+            )
+        except Exception as error:
+            known = isinstance(error, RuntimeError | ValueError)  # which its bindings raise for bad options
+            if not known and not type(error).__module__.startswith("onnxruntime"):
+                raise
+            raise BackendError(
+                f"{self._file}: ONNX Runtime {ort.__version__} cannot load it for {candidate.provider} "
+                f"({first_line(error)}). Install a version of onnxruntime from this package's tested range, or use "
+                "another variant or device."
+            ) from None
+        if name not in session.get_providers():  # ONNX Runtime only logs that it went on without
+            raise ProviderUnavailable(
+                f"ONNX Runtime {ort.__version__} passed over {name} and took {', '.join(session.get_providers())}. "
+                "Use another device."
+            )
+        return session
 
 
 def check_unit_rows(vectors: object, shape: tuple[int, ...]) -> None:

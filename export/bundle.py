@@ -516,7 +516,7 @@ def _calibrate(
 def _encoder(bundle: Bundle, variant: Variant) -> Encoder:
     """The variant's encoder; a CoreML package runs in the evaluator."""
     if variant.runtime == "onnx":
-        return Encoder.load(bundle, variant=variant.id)
+        return Encoder.load(bundle, variant=variant.id, device="cpu", threads=1)
     package = bundle.path / f"{variant.id}.mlpackage"
     return Encoder(bundle, RunBackend(run_package(MilProgram(package))), lengths=variant.lengths)
 

@@ -95,7 +95,7 @@ def verify(
             )
             routed[NETWORK] = Routed.of([router.signals(row.task) for row in labelled], labelled, names)
     elif any(variant.id == "fp32" for variant in held):
-        encoder = Encoder.load(bundle)
+        encoder = Encoder.load(bundle, device="cpu")
 
         def inputs_of(encoder: Encoder) -> Inputs:
             return Inputs.of(lambda texts: [list(encoder.tokenize(t).ids) for t in texts], encoder.max_length)

@@ -24,6 +24,7 @@ from edge import (
     Router,
 )
 from edge.bundle import Calibration
+from edge.providers import Candidate
 from edge.session import OnnxBackend, check_unit_rows
 
 TASKS = st.text(max_size=80) | st.sampled_from(
@@ -103,7 +104,7 @@ def test_keyword_needs_no_encoder_and_decides_the_same(router: Router, bundle: B
 def test_padding_changes_nothing_where_the_graph_allows_it(bundle: Bundle, padding: int) -> None:
     """The runtime never pads. A padded run of the int8 graph still stays near, as parity measured."""
     variant = bundle.variant()
-    backend = OnnxBackend(bundle, variant)
+    backend = OnnxBackend(bundle, variant, Candidate(variant.id))
     for golden in bundle.goldens()[:8]:
         ids = np.array([[*golden.ids, *[0] * padding]], dtype=np.int64)
         mask = np.array([[1] * len(golden.ids) + [0] * padding], dtype=np.int64)

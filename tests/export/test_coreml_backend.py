@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel
 
 from edge import Bundle, Encoder, Router
-from edge.coreml import CACHE, CoreMLBackend
+from edge.coreml import CoreMLBackend
+from edge.device import CACHE
 from edge.doctor import examine
 from edge.errors import BackendError, ChecksumError, ManifestError, MissingExtra, OutputError, ProviderUnavailable
 from export.bundle import Identity, build_bundle

@@ -1,0 +1,250 @@
+"""Which way to run a bundle on this device, and why: by what `ruvltra tune` measured, else by a table.
+
+Whatever is chosen is proven before it is used: anything but ONNX Runtime's CPU provider in a process of its own
+first, which may crash or hang, and all of it by a golden vector.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from edge.bundle import Bundle, Golden, Variant
+from edge.device import INT8_FEATURES, cpu_features, has_battery, usable_cores
+from edge.errors import BackendError, EdgeWarning, InputError, OutputError, PlacementError, ProviderUnavailable
+from edge.providers import KNOWN, Candidate, Provider
+from edge.session import MAX_THREADS, Backend, OnnxBackend, Placement
+
+USES = ("latency", "throughput", "memory")
+LIMIT = 120.0  # seconds for a candidate's trial; a provider that compiles may take most of it
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A candidate, and why it comes where it does."""
+
+    candidate: Candidate
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a caller asked for.
+
+    Attributes:
+        variant: Id of a variant; None leaves it open.
+        device: ``auto``, a provider's name, or one with options.
+        threads: For one text; None leaves it open.
+        strict: All of the graph must run on the provider.
+        use: Of ``USES``; what a measured winner is to be best at.
+    """
+
+    variant: str | None = None
+    device: str | Provider = "auto"
+    threads: int | None = None
+    strict: bool = False
+    use: str = "latency"
+
+    def check(self) -> None:
+        """Raise InputError or BackendError where it makes no sense."""
+        if self.use not in USES:
+            raise InputError(f"unknown use {self.use!r}. Use one of: {', '.join(USES)}.")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise BackendError(f"threads must be 1 to {MAX_THREADS}, not {self.threads}. Leave it out for the default.")
+
+
+def open_backend(bundle: Bundle, wish: Wish) -> tuple[Backend, Variant, Placement]:
+    """The back end that fits best, loaded and proven; with ``auto`` what fails is dropped with a warning.
+
+    Raises:
+        BundleError: The bundle cannot be used.
+        InputError: A device or use that does not exist.
+        BackendError: What was asked for does not run, or nothing does.
+    """
+    wish.check()
+    last: BackendError | None = None
+    for choice in _choices(bundle, wish):
+        try:
+            return _open(bundle, choice, wish)
+        except BackendError as error:
+            if wish.device != "auto":
+                raise
+            if last is not None:
+                warnings.warn(f"{last} The next one is tried.", EdgeWarning, stacklevel=4)
+            last = type(error)(f"{choice.candidate}: {error}")
+    assert last is not None
+    raise last
+
+
+def _open(bundle: Bundle, choice: Choice, wish: Wish) -> tuple[Backend, Variant, Placement]:
+    candidate = choice.candidate
+    variant = bundle.variant(candidate.variant)
+    if candidate.provider != "cpu" and variant.runtime == "onnx":
+        from edge.tune import prove  # starts processes, which the default never does
+
+        prove(bundle, candidate)
+    backend = make_backend(bundle, variant, candidate)
+    check_golden(backend, variant, bundle.goldens())
+    nodes = backend.nodes() if isinstance(backend, OnnxBackend) else {}
+    placement = Placement(candidate, choice.reason, nodes)
+    if wish.strict:
+        check_placement(placement)
+    return backend, variant, placement
+
+
+def make_backend(bundle: Bundle, variant: Variant, candidate: Candidate) -> Backend:
+    """Load a candidate.
+
+    Raises:
+        BundleError: A file of the bundle cannot be used.
+        BackendError: It does not load.
+    """
+    if variant.runtime == "coreml":
+        from edge.coreml import CoreMLBackend  # what it needs, other devices need not load
+
+        return CoreMLBackend(bundle, variant, device="cpu" if candidate.provider == "cpu" else "auto")
+    if candidate.provider not in KNOWN:
+        from edge.providers import backend_factory
+
+        factory = backend_factory(candidate.provider)
+        if factory is not None:
+            return factory(bundle, variant, candidate)
+    return OnnxBackend(bundle, variant, candidate)
+
+
+def check_golden(backend: Backend, variant: Variant, goldens: Sequence[Golden]) -> None:
+    """Run the shortest golden.
+
+    Raises:
+        OutputError: Its vector is not the one that the bundle states, within the variant's bound.
+    """
+    if not goldens:
+        return
+    golden = min(goldens, key=lambda golden: len(golden.ids))
+    ids = np.array([golden.ids], dtype=np.int64)
+    cosine = float(backend.run(ids, np.ones_like(ids))[0] @ golden.vector)
+    if not cosine >= variant.minimum_cosine:
+        raise OutputError(
+            f"the vector of {golden.text!r} has a cosine of {cosine:.4f} to the golden one, the bound is "
+            f"{variant.minimum_cosine}. Use another variant or device; ruvltra tune finds one that is right."
+        )
+
+
+def check_placement(placement: Placement) -> None:
+    """Raise PlacementError unless all operations run on the candidate's provider, and that is known."""
+    candidate = placement.candidate
+    if not placement.nodes:
+        raise PlacementError(f"{candidate}: does not say where its operations run. Leave strict out.")
+    if placement.share != 1:
+        where = ", ".join(f"{count} on {provider}" for provider, count in placement.nodes.items())
+        raise PlacementError(
+            f"{candidate}: not all of its operations run there, but {where}. Use another variant or device, or leave "
+            "strict out."
+        )
+
+
+def _choices(bundle: Bundle, wish: Wish) -> Iterator[Choice]:
+    """Candidates in the order in which they are to be tried."""
+    if wish.device != "auto":
+        yield _explicit(bundle, wish)
+        return
+    from edge.tune import winner
+
+    measured = winner(bundle, wish.use)
+    if measured is not None and wish.variant in (None, measured.candidate.variant):
+        threads = wish.threads or measured.candidate.threads
+        yield replace(measured, candidate=replace(measured.candidate, threads=threads))
+    yield from policy(bundle, wish)
+
+
+def policy(bundle: Bundle, wish: Wish) -> Iterator[Choice]:
+    """What is best without having measured: the CPU, and on it the best variant for its instructions.
+
+    Other providers are never taken unmeasured: a text runs by itself, and for one short text through a small
+    transformer, handing it over to a GPU or NPU costs more than it saves as often as not.
+    """
+    if wish.variant is not None:
+        variant = bundle.variant(wish.variant)
+        provider = "cpu" if variant.runtime == "onnx" else "coreml"
+        yield Choice(_on_cpu(variant, wish, provider), "the variant that was asked for")
+        return
+    variants = [variant for variant in bundle.variants if variant.runtime == "onnx"]
+    if not variants:
+        raise ProviderUnavailable(f"{bundle.path}: has no variant that runs here. Export it with an onnx variant.")
+    dot = sorted(INT8_FEATURES.intersection(cpu_features()))
+    # For the CPU: quicker than half precision and fp32 on any of the CPUs measured, with such instructions or without.
+    order = {"int8": 0, "int8-static": 1, "int8-weights": 2, "fp32": 3}
+    fast = f"{', '.join(dot)} multiplies int8" if dot else "less to read than fp32"
+    default = bundle.variant(bundle.default_variant)
+    for variant in sorted(variants, key=lambda v: (not _is_int8(v), v is not default, order.get(v.id, 9))):
+        why = f"int8 on the CPU: {fast}" if _is_int8(variant) else "no int8 variant is left"
+        yield Choice(_on_cpu(variant, wish), f"{why}; not measured here (ruvltra tune does)")
+
+
+def _explicit(bundle: Bundle, wish: Wish) -> Choice:
+    asked = wish.device if isinstance(wish.device, Provider) else Provider(wish.device)
+    name, _, hardware = asked.name.partition(":")
+    reason = "the device that was asked for"
+    if name in ("cpu", KNOWN["cpu"].provider):
+        if asked.options:
+            raise InputError("the CPU takes no options. Leave them out.")
+        candidate = next(policy(bundle, wish)).candidate
+        return Choice(replace(candidate, provider="cpu"), reason)
+    packages = [v for v in bundle.variants if v.runtime == "coreml" and wish.variant in (None, v.id)]
+    if name == "coreml" and packages and not asked.options:
+        return Choice(_on_cpu(packages[0], wish, "coreml"), reason)
+    from edge.providers import find, installed, options_of
+    from edge.tune import cache_of
+
+    row = find(name, installed())
+    options = options_of(row, str(cache_of(row.name))) if asked.options is None else dict(asked.options)
+    if wish.variant is not None:
+        variant = bundle.variant(wish.variant)
+    else:
+        # Graphs quantised for the CPU hold its own operators, which other providers mostly lack.
+        variants = [v for v in bundle.variants if v.runtime == "onnx"]
+        variant = min(variants, key=_is_int8)
+    candidate = Candidate(variant.id, row.name, options, hardware.upper(), wish.threads or usable_cores())
+    return Choice(candidate, reason)
+
+
+def _on_cpu(variant: Variant, wish: Wish, provider: str = "cpu") -> Candidate:
+    threads = default_threads(variant) if wish.threads is None else wish.threads
+    return Candidate(variant.id, provider, threads=threads, spinning=threads > 1 and not has_battery())
+
+
+def default_threads(variant: Variant) -> int:
+    """Threads for one text: one for int8, whose products are too short to share; else all cores.
+
+    Several texts run side by side where one takes one thread (:meth:`edge.Encoder.encode`).
+    """
+    return 1 if _is_int8(variant) else usable_cores()
+
+
+def side_by_side(candidate: Candidate) -> int:
+    """How many texts run at the same time: one a core, where a text takes one thread of the CPU."""
+    return usable_cores() if candidate.provider == "cpu" and candidate.threads == 1 else 1
+
+
+def _is_int8(variant: Variant) -> bool:
+    return "int8 activations" in variant.precision
+
+
+def as_dict(candidate: Candidate) -> dict[str, object]:
+    """For JSON."""
+    return {
+        "variant": candidate.variant,
+        "provider": candidate.provider,
+        "options": dict(candidate.options),
+        "hardware": candidate.hardware,
+        "threads": candidate.threads,
+        "spinning": candidate.spinning,
+    }
+
+
+def from_dict(values: Mapping[str, object]) -> Candidate:
+    """The opposite of :func:`as_dict`."""
+    return Candidate(**values)  # type: ignore[arg-type]
