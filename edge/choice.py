@@ -128,7 +128,7 @@ def check_golden(backend: Backend, variant: Variant, goldens: Sequence[Golden]) 
     cosine = float(backend.run(ids, np.ones_like(ids))[0] @ golden.vector)
     if not cosine >= variant.minimum_cosine:
         raise OutputError(
-            f"the vector of {golden.text!r} has a cosine of {cosine:.4f} to the golden one, the bound is "
+            f"the vector of {golden.text!r} has a cosine of {cosine:.7f} to the golden one, the bound is "
             f"{variant.minimum_cosine}. Use another variant or device; ruvltra tune finds one that is right."
         )
 

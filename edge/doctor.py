@@ -148,9 +148,7 @@ def examine_device(path: str | Path | None = None) -> Iterator[Check]:
     command = [sys.executable, "-m", "edge.cli", "route", "--bundle", str(bundle.path), _TASK]
     done = subprocess.run(command, capture_output=True, check=False)
     cold = time.perf_counter() - started
-    detail = (
-        f"a process takes {cold:.2f} s from its start to the first decision, {1000 * trial.load:.0f} ms of it to load"
-    )
+    detail = f"{cold:.2f} s from the start of a process to its first decision; the model loads in {trial.load:.3f} s"
     yield Check("time, cold", done.returncode in (0, 3), detail)
     warm = ", ".join(f"{t.p50:.2f} ms for {t.tokens} tokens" for t in trial.timings if t.batch == 1)
     yield Check("time, warm", True, f"a text takes {warm} (median)")

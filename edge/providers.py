@@ -243,8 +243,8 @@ def find(name: str, among: Sequence[Installed]) -> Installed:
         )
     if short not in KNOWN:
         raise ProviderUnavailable(
-            f"device {name!r} is not available, nor known. Use one of: auto, {have}; with a package that has it, one of: "
-            f"{', '.join(KNOWN)}."
+            f"device {name!r} is not available, nor known. Use one of: auto, {have}; with a package that has it, one "
+            f"of: {', '.join(KNOWN)}."
         )
     raise ProviderUnavailable(
         f"{KNOWN[short].provider} is not part of the installed ONNX Runtime {ort.__version__}. Install a package that "
@@ -282,8 +282,9 @@ def plugin_package(provider: str) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, cut where ONNX Runtime spells out its C++ types."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"
 
 
 def _version(package: str) -> str:

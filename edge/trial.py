@@ -134,7 +134,7 @@ def _try(request: Mapping[str, Any]) -> Trial:
         vectors = encoder.encode([golden.text for golden in goldens])
         cosine = min((float(v @ g.vector) for v, g in zip(vectors, goldens, strict=True)), default=1.0)
         if not cosine >= variant.minimum_cosine:
-            why = f"its lowest cosine to the goldens is {cosine:.4f}, the bound is {variant.minimum_cosine}"
+            why = f"its lowest cosine to the goldens is {cosine:.7f}, the bound is {variant.minimum_cosine}"
             return Trial(candidate, why, cosine, load, nodes=nodes)
         timings = [
             _time(encoder, tokens, batch, request["seconds"])

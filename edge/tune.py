@@ -56,11 +56,8 @@ class Tuning:
         good = sorted((t for t in self.trials if t.failure is None), key=_latency)
         width = max(len(str(trial.candidate)) for trial in self.trials)
         columns = [f"{tokens} tok" for tokens in TOKENS] + [f"{BATCH} x {tokens}" for tokens in TOKENS]
-        lines = [
-            f"{'median ms':<{width}}"
-            + "".join(f"{column:>10}" for column in columns)
-            + "   load s    MB  cosine  best for"
-        ]
+        head = "".join(f"{column:>10}" for column in columns)
+        lines = [f"{'median ms':<{width}}{head}   load s    MB  cosine  best for"]
         for trial in good:
             times = "".join(f"{trial.p50(tokens, batch):>10.2f}" for batch in (1, BATCH) for tokens in TOKENS)
             size = "-" if trial.rss is None else f"{trial.rss / 1e6:.0f}"
@@ -130,10 +127,17 @@ def tune(
     good = [trial for trial in trials if trial.failure is None]
     if not good:
         raise BackendError(f"{bundle.path}: nothing runs it here. {trials[0].failure} Run: ruvltra doctor")
-    winners = {use: min(good, key=_MEASURES[use]).candidate for use in USES}
+    winners = {use: _best(good, _MEASURES[use]) for use in USES}
     tuning = Tuning(datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), tuple(trials), winners)
     _keep(bundle, tuning)
     return tuning
+
+
+def _best(trials: Sequence[Trial], measure: Callable[[Trial], float]) -> Candidate:
+    """The candidate of the lowest measure; of those within 5 % of it the one with the fewest threads, then the CPU."""
+    lowest = min(map(measure, trials))
+    near = [trial for trial in trials if measure(trial) <= 1.05 * lowest]
+    return min(near, key=lambda t: (t.candidate.threads, t.candidate.provider != "cpu", measure(t))).candidate
 
 
 def _latency(trial: Trial) -> float:
@@ -145,11 +149,10 @@ def _throughput(trial: Trial) -> float:
     return math.prod(trial.p50(tokens, BATCH) for tokens in TOKENS) ** (1 / len(TOKENS))
 
 
-# Lowest wins. Processes' memory is known to some tenths of a megabyte; between equals the quicker one wins.
-_MEASURES: dict[str, Callable[[Trial], Any]] = {
+_MEASURES: dict[str, Callable[[Trial], float]] = {
     "latency": _latency,
     "throughput": _throughput,
-    "memory": lambda trial: (math.inf if trial.rss is None else round(trial.rss / 2e6), _latency(trial)),
+    "memory": lambda trial: math.inf if trial.rss is None else float(trial.rss),
 }
 
 
@@ -244,9 +247,8 @@ def draw(tuning: Tuning, path: Path) -> None:
     for provider in dict.fromkeys(candidate.provider for *_, candidate in points):
         own = [(x, y) for x, y, candidate in points if candidate.provider == provider]
         axis.scatter(*zip(*own, strict=True), label=provider)
-    axis.plot(
-        *zip(*sorted(p[:2] for p in front), strict=True), color="grey", linewidth=1, label="no other is better in both"
-    )
+    line = sorted(point[:2] for point in front)
+    axis.plot(*zip(*line, strict=True), color="grey", linewidth=1, label="no other is better in both")
     for x, y, candidate in front:
         axis.annotate(str(candidate), (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8)
     lengths = ", ".join(map(str, TOKENS))
