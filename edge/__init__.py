@@ -14,14 +14,18 @@ from edge.errors import (
     BundleError,
     ChecksumError,
     EdgeError,
+    EdgeWarning,
     InputError,
     ManifestError,
     MissingExtra,
     OutputError,
+    PlacementError,
     ProviderUnavailable,
     VersionError,
 )
+from edge.providers import Provider
 from edge.router import STRATEGIES, Decision, Ranked, Router
+from edge.session import Placement
 
 __version__ = "0.4.0"
 
@@ -35,11 +39,15 @@ __all__ = [
     "ChecksumError",
     "Decision",
     "EdgeError",
+    "EdgeWarning",
     "Encoder",
     "InputError",
     "ManifestError",
     "MissingExtra",
     "OutputError",
+    "Placement",
+    "PlacementError",
+    "Provider",
     "ProviderUnavailable",
     "Ranked",
     "Router",

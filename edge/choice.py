@@ -19,6 +19,7 @@ from edge.providers import KNOWN, Candidate, Provider
 from edge.session import MAX_THREADS, Backend, OnnxBackend, Placement
 
 USES = ("latency", "throughput", "memory")
+_HALF_PRECISION = 0.999
 LIMIT = 120.0  # seconds for a candidate's trial; a provider that compiles may take most of it
 
 
@@ -67,14 +68,14 @@ def open_backend(bundle: Bundle, wish: Wish) -> tuple[Backend, Variant, Placemen
     wish.check()
     last: BackendError | None = None
     for choice in _choices(bundle, wish):
+        if last is not None:
+            warnings.warn(f"{last} Until then: {choice.candidate}.", EdgeWarning, stacklevel=4)
         try:
             return _open(bundle, choice, wish)
         except BackendError as error:
             if wish.device != "auto":
                 raise
-            if last is not None:
-                warnings.warn(f"{last} The next one is tried.", EdgeWarning, stacklevel=4)
-            last = type(error)(f"{choice.candidate}: {error}")
+            last = error
     assert last is not None
     raise last
 
@@ -87,7 +88,7 @@ def _open(bundle: Bundle, choice: Choice, wish: Wish) -> tuple[Backend, Variant,
 
         prove(bundle, candidate)
     backend = make_backend(bundle, variant, candidate)
-    check_golden(backend, variant, bundle.goldens())
+    check_golden(backend, variant, bundle.goldens(), golden_bound(variant, candidate))
     nodes = backend.nodes() if isinstance(backend, OnnxBackend) else {}
     placement = Placement(candidate, choice.reason, nodes)
     if wish.strict:
@@ -115,21 +116,29 @@ def make_backend(bundle: Bundle, variant: Variant, candidate: Candidate) -> Back
     return OnnxBackend(bundle, variant, candidate)
 
 
-def check_golden(backend: Backend, variant: Variant, goldens: Sequence[Golden]) -> None:
+def golden_bound(variant: Variant, candidate: Candidate) -> float:
+    """Lowest cosine to a golden: the variant's; on anything but the CPU no more than half precision allows.
+
+    Providers compute fp32 products in bfloat16 or TF32 where the hardware has them.
+    """
+    return variant.minimum_cosine if candidate.provider == "cpu" else min(variant.minimum_cosine, _HALF_PRECISION)
+
+
+def check_golden(backend: Backend, variant: Variant, goldens: Sequence[Golden], bound: float) -> None:
     """Run the shortest golden.
 
     Raises:
-        OutputError: Its vector is not the one that the bundle states, within the variant's bound.
+        OutputError: Its vector is not the one that the bundle states, within a bound on the cosine.
     """
     if not goldens:
         return
     golden = min(goldens, key=lambda golden: len(golden.ids))
     ids = np.array([golden.ids], dtype=np.int64)
     cosine = float(backend.run(ids, np.ones_like(ids))[0] @ golden.vector)
-    if not cosine >= variant.minimum_cosine:
+    if not cosine >= bound:
         raise OutputError(
-            f"the vector of {golden.text!r} has a cosine of {cosine:.7f} to the golden one, the bound is "
-            f"{variant.minimum_cosine}. Use another variant or device; ruvltra tune finds one that is right."
+            f"{variant.id}: the vector of {golden.text!r} has a cosine of {cosine:.7f} to the golden one, the bound is "
+            f"{bound}. Use another variant or device; ruvltra tune finds one that is right."
         )
 
 
@@ -201,6 +210,10 @@ def _explicit(bundle: Bundle, wish: Wish) -> Choice:
 
     row = find(name, installed())
     options = options_of(row, str(cache_of(row.name))) if asked.options is None else dict(asked.options)
+    if hardware and row.package is None:
+        if row.name != "openvino":
+            raise InputError(f"{row.name} takes no kind of hardware. Leave {':' + hardware!r} out; see its options.")
+        options, hardware = options | {"device_type": hardware.upper()}, ""
     if wish.variant is not None:
         variant = bundle.variant(wish.variant)
     else:

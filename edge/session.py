@@ -182,7 +182,7 @@ class OnnxBackend:
             options.add_session_config_entry(_WEIGHTS_FOLDER, folder)
         listed: list[Any] = [CPU]
         try:
-            package = None if name == CPU or name in ort.get_available_providers() else plugin_package(name)
+            package = None if name == CPU else plugin_package(name)
             if package is not None:
                 register(package)
                 options.add_provider_for_devices(hardware_of(name, candidate.hardware), dict(candidate.options))

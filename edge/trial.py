@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from edge.bundle import Bundle
-from edge.choice import LIMIT, as_dict, check_golden, from_dict, make_backend, side_by_side
+from edge.choice import LIMIT, as_dict, check_golden, from_dict, golden_bound, make_backend, side_by_side
 from edge.encoder import Encoder
 from edge.errors import EdgeError
 from edge.providers import Candidate, first_line
@@ -124,7 +124,8 @@ def _try(request: Mapping[str, Any]) -> Trial:
         variant = bundle.variant(candidate.variant)
         started = time.perf_counter()
         backend = make_backend(bundle, variant, candidate)
-        check_golden(backend, variant, bundle.goldens())
+        bound = golden_bound(variant, candidate)
+        check_golden(backend, variant, bundle.goldens(), bound)
         load = time.perf_counter() - started
         nodes = backend.nodes() if isinstance(backend, OnnxBackend) else {}
         if nodes and not Placement(candidate, "", nodes).own():
@@ -133,8 +134,8 @@ def _try(request: Mapping[str, Any]) -> Trial:
         goldens = bundle.goldens()
         vectors = encoder.encode([golden.text for golden in goldens])
         cosine = min((float(v @ g.vector) for v, g in zip(vectors, goldens, strict=True)), default=1.0)
-        if not cosine >= variant.minimum_cosine:
-            why = f"its lowest cosine to the goldens is {cosine:.7f}, the bound is {variant.minimum_cosine}"
+        if not cosine >= bound:
+            why = f"its lowest cosine to the goldens is {cosine:.7f}, the bound is {bound}"
             return Trial(candidate, why, cosine, load, nodes=nodes)
         timings = [
             _time(encoder, tokens, batch, request["seconds"])

@@ -95,7 +95,7 @@ def candidates(bundle: Bundle, providers: Sequence[Installed]) -> list[Candidate
         options = options_of(row, str(cache_of(row.name)))
         for hardware in dict.fromkeys(text.split(" ", 1)[0] for text in row.hardware) or [""]:
             for variant in (v for v in bundle.variants if v.runtime == "onnx"):
-                found += [Candidate(variant.id, row.name, options, hardware, threads) for threads in sorted({1, cores})]
+                found.append(Candidate(variant.id, row.name, options, hardware, cores))
     return found
 
 
@@ -187,7 +187,7 @@ def prove(bundle: Bundle, candidate: Candidate) -> None:
     known = () if tuning is None else tuning.trials
     trial = next((t for t in known if t.candidate == candidate and t.failure is None), None)
     if trial is None:
-        trial = run_trial(bundle.path, candidate)
+        trial = run_trial(bundle.path, candidate, limit=LIMIT)
         if trial.failure is not None:
             raise BackendError(f"{candidate}: {trial.failure.rstrip('.')}. Use another device, or auto.")
         winners = {} if tuning is None else tuning.winners

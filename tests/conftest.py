@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge import Bundle, Router
+from edge.device import CACHE
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "models" / "ruvltra-mini"
@@ -21,6 +22,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a test tried to open a network connection")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing that was measured on this machine before counts, and nothing is left behind."""
+    monkeypatch.setenv(CACHE, str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")
