@@ -110,7 +110,7 @@ def errors(plan: Plan, checkpoint: Checkpoint, head: Head) -> tuple[float, float
     measured = signals(test)
     fitted = calibrate(signals(dev), dev, plan.names)["embedding"]
     result = []
-    for calibration in (replace(UNCALIBRATED["embedding"], out_of_scope=0.0), fitted):
+    for calibration in (UNCALIBRATED["embedding"]._replace(out_of_scope=0.0), fitted):
         p = [probabilities(signal, calibration) for signal in measured]
         result.append(
             calibration_error(

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,7 @@ _POOLING = {"cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "last"}
 _COPY_AGAIN = "Copy the bundle again from where it came from, or export it again."
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(NamedTuple):
     """A file of the bundle: path relative to it, size in bytes, sha256."""
 
     file: str
@@ -39,8 +38,7 @@ class File:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class Calibration:
+class Calibration(NamedTuple):
     """How one strategy turns signals into probabilities.
 
     The probability of agent a is the softmax of ``cosine * cos(task, prototype of a) + matched *
@@ -106,8 +104,7 @@ class Variant:
         return sum(file.bytes for file in self.files)
 
 
-@dataclass(frozen=True, slots=True)
-class Generator:
+class Generator(NamedTuple):
     """A graph that generates text, token by token, with a key/value cache.
 
     Attributes:
@@ -131,8 +128,7 @@ class Generator:
     end_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class EncoderSpec:
+class EncoderSpec(NamedTuple):
     """What goes in and comes out of every variant."""
 
     dim: int
@@ -142,8 +138,7 @@ class EncoderSpec:
     prompt: str
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
+class Linear(NamedTuple):
     """A linear head: (agents + 1, dim) and (agents + 1,) float32; the last row is out of scope.
 
     Its scores are on the scale of cosines.
@@ -153,8 +148,7 @@ class Linear:
     bias: NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(NamedTuple):
     """What was trained on top of the encoder; float32.
 
     Attributes:
@@ -169,8 +163,7 @@ class Head:
     linear: Linear | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Golden:
+class Golden(NamedTuple):
     """A text with its token ids and its fp32 unit vector, to prove a tokenizer and a model by."""
 
     text: str
@@ -329,11 +322,11 @@ class Bundle:
                 linear,
             )
 
-    def goldens(self) -> list[Golden]:
-        """Parse the goldens; routing needs none, so they are parsed when they are asked for."""
+    def goldens(self, most: int | None = None) -> list[Golden]:
+        """Parse the goldens, or the first of them."""
         where = self._source.name(self.files["goldens"].file)
         goldens = []
-        for row in _Table(_json(self._goldens, where), where).tables("goldens"):
+        for row in _Table(_json(self._goldens, where), where).tables("goldens")[:most]:
             ids = row.items("ids")
             if not all(isinstance(item, int) for item in ids):
                 raise ManifestError(f"{where}: ids must be integers. {_COPY_AGAIN}")

@@ -7,32 +7,31 @@ first, which may crash or hang, and all of it by a golden vector.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from edge.bundle import Bundle, Golden, Variant
-from edge.device import INT8_FEATURES, cpu_features, has_battery, usable_cores
+from edge.bundle import Bundle, Variant
+from edge.device import INT8_FEATURES, cache_folder, cpu_features, has_battery, usable_cores
 from edge.errors import BackendError, EdgeWarning, InputError, OutputError, PlacementError, ProviderUnavailable
 from edge.providers import KNOWN, Candidate, Provider
 from edge.session import MAX_THREADS, Backend, OnnxBackend, Placement
 
 USES = ("latency", "throughput", "memory")
+TUNING = "tuning.json"  # in the cache folder: what `ruvltra tune` measured
 _HALF_PRECISION = 0.999
 LIMIT = 120.0  # seconds for a candidate's trial; a provider that compiles may take most of it
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """A candidate, and why it comes where it does."""
 
     candidate: Candidate
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(NamedTuple):
     """What a caller asked for.
 
     Attributes:
@@ -88,7 +87,7 @@ def _open(bundle: Bundle, choice: Choice, wish: Wish) -> tuple[Backend, Variant,
 
         prove(bundle, candidate)
     backend = make_backend(bundle, variant, candidate)
-    check_golden(backend, variant, bundle.goldens(), golden_bound(variant, candidate))
+    check_golden(backend, variant, bundle, golden_bound(variant, candidate))
     nodes = backend.nodes() if isinstance(backend, OnnxBackend) else {}
     placement = Placement(candidate, choice.reason, nodes)
     if wish.strict:
@@ -124,15 +123,16 @@ def golden_bound(variant: Variant, candidate: Candidate) -> float:
     return variant.minimum_cosine if candidate.provider == "cpu" else min(variant.minimum_cosine, _HALF_PRECISION)
 
 
-def check_golden(backend: Backend, variant: Variant, goldens: Sequence[Golden], bound: float) -> None:
-    """Run the shortest golden.
+def check_golden(backend: Backend, variant: Variant, bundle: Bundle, bound: float) -> None:
+    """Run the first golden.
 
     Raises:
         OutputError: Its vector is not the one that the bundle states, within a bound on the cosine.
     """
+    goldens = bundle.goldens(1)
     if not goldens:
         return
-    golden = min(goldens, key=lambda golden: len(golden.ids))
+    golden = goldens[0]
     ids = np.array([golden.ids], dtype=np.int64)
     cosine = float(backend.run(ids, np.ones_like(ids))[0] @ golden.vector)
     if not cosine >= bound:
@@ -160,12 +160,14 @@ def _choices(bundle: Bundle, wish: Wish) -> Iterator[Choice]:
     if wish.device != "auto":
         yield _explicit(bundle, wish)
         return
-    from edge.tune import winner
+    measured = None
+    if (cache_folder() / TUNING).is_file():
+        from edge.tune import winner  # slow to import, as it starts processes
 
-    measured = winner(bundle, wish.use)
+        measured = winner(bundle, wish.use)
     if measured is not None and wish.variant in (None, measured.candidate.variant):
         threads = wish.threads or measured.candidate.threads
-        yield replace(measured, candidate=replace(measured.candidate, threads=threads))
+        yield Choice(measured.candidate._replace(threads=threads), measured.reason)
     yield from policy(bundle, wish)
 
 
@@ -201,7 +203,7 @@ def _explicit(bundle: Bundle, wish: Wish) -> Choice:
         if asked.options:
             raise InputError("the CPU takes no options. Leave them out.")
         candidate = next(policy(bundle, wish)).candidate
-        return Choice(replace(candidate, provider="cpu"), reason)
+        return Choice(candidate._replace(provider="cpu"), reason)
     packages = [v for v in bundle.variants if v.runtime == "coreml" and wish.variant in (None, v.id)]
     if name == "coreml" and packages and not asked.options:
         return Choice(_on_cpu(packages[0], wish, "coreml"), reason)
@@ -244,20 +246,3 @@ def side_by_side(candidate: Candidate) -> int:
 
 def _is_int8(variant: Variant) -> bool:
     return "int8 activations" in variant.precision
-
-
-def as_dict(candidate: Candidate) -> dict[str, object]:
-    """For JSON."""
-    return {
-        "variant": candidate.variant,
-        "provider": candidate.provider,
-        "options": dict(candidate.options),
-        "hardware": candidate.hardware,
-        "threads": candidate.threads,
-        "spinning": candidate.spinning,
-    }
-
-
-def from_dict(values: Mapping[str, object]) -> Candidate:
-    """The opposite of :func:`as_dict`."""
-    return Candidate(**values)  # type: ignore[arg-type]

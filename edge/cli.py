@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 
 from edge import __version__
-from edge.bundle import Bundle
+from edge.bundle import Bundle, Variant
 from edge.choice import LIMIT, USES
 from edge.encoder import Encoder, clean
 from edge.errors import EdgeError, EdgeWarning, InputError
@@ -384,8 +384,8 @@ def _inspect(options: argparse.Namespace) -> int:
         "version": bundle.version,
         "licence": bundle.licence,
         "base_model": bundle.base_model,
-        "encoder": asdict(bundle.encoder),
-        "variants": [asdict(variant) for variant in bundle.variants],
+        "encoder": bundle.encoder._asdict(),
+        "variants": [_variant(variant) for variant in bundle.variants],
         "default_variant": bundle.default_variant,
         "agents": [agent.name for agent in bundle.agents],
         "head": _head(bundle),
@@ -395,7 +395,7 @@ def _inspect(options: argparse.Namespace) -> int:
     try:
         encoder = Encoder.load(bundle)
         placement = encoder.placement
-        summary["placement"] = None if placement is None else asdict(placement)
+        summary["placement"] = None if placement is None else placement.document()
         runs = str(placement)
     except EdgeError as error:
         summary["placement"] = None
@@ -422,6 +422,19 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _variant(variant: Variant) -> dict[str, Any]:
+    files = {key: getattr(variant, key) for key in ("model", "weights", "package")}
+    calibration = {
+        kind: {strategy: weights._asdict() for strategy, weights in table.items()}
+        for kind, table in variant.calibration.items()
+    }
+    return (
+        asdict(variant)
+        | {key: None if file is None else file._asdict() for key, file in files.items()}
+        | {"calibration": calibration}
+    )
+
+
 def _head(bundle: Bundle) -> str:
     if bundle.head is None:
         return "prototypes from descriptions and examples"
@@ -438,7 +451,7 @@ def _device(options: argparse.Namespace) -> int:
     device, rows = detect(), installed()
     if options.json:
         found = {"threads": device.threads, "fingerprint": device.fingerprint, "onnxruntime": onnxruntime.__version__}
-        print(json.dumps(asdict(device) | found | {"providers": [asdict(row) for row in rows]}))
+        print(json.dumps(device._asdict() | found | {"providers": [row._asdict() for row in rows]}))
         return 0
     limit = "" if device.quota is None else f", limited to {device.quota:g} CPUs"
     memory = "unknown" if device.memory is None else f"{device.memory / 1e9:.1f} GB may be used"

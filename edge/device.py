@@ -7,8 +7,8 @@ import json
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 CACHE = "RUVLTRA_CACHE"  # environment variable: where measurements and compiled models are kept
 
@@ -29,8 +29,7 @@ INT8_FEATURES = {"avx512-vnni", "avx-vnni", "amx-int8", "neon-dotprod", "i8mm"}
 _WINDOWS_FEATURES = {"avx2": 40, "avx512": 41, "neon": 19, "neon-dotprod": 43}
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(NamedTuple):
     """What there is.
 
     Attributes:
@@ -67,7 +66,7 @@ class Device:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of all of this: what was measured on one device does not count on another."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self._asdict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def detect(root: Path = Path("/")) -> Device:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import onnxruntime as ort
 
@@ -30,8 +29,7 @@ PLUGINS = {
 _registered: set[str] = set()  # packages; ONNX Runtime keeps their libraries for the process, too
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class Known(NamedTuple):
     """An execution provider of ONNX Runtime, and how a small transformer runs on it.
 
     Attributes:
@@ -42,9 +40,9 @@ class Known:
     """
 
     provider: str
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = {}
     static: bool = False
-    plugin_options: Mapping[str, str] = field(default_factory=dict)
+    plugin_options: Mapping[str, str] = {}
 
 
 # By the names that ``device=`` takes. Only CPU and OpenVINO were run by us; the others' options are those that ONNX
@@ -86,8 +84,7 @@ KNOWN: dict[str, Known] = {
 _UNUSED = {"AzureExecutionProvider": "calls a service over the network, which this package never does"}
 
 
-@dataclass(frozen=True, slots=True)
-class Provider:
+class Provider(NamedTuple):
     """What ``device=`` may be, where a name alone does not say enough.
 
     Attributes:
@@ -100,8 +97,7 @@ class Provider:
     options: Mapping[str, str] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Installed:
+class Installed(NamedTuple):
     """A provider or back end that is installed.
 
     Attributes:
@@ -119,8 +115,7 @@ class Installed:
     package: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One way to run a bundle here.
 
     Attributes:
@@ -134,7 +129,7 @@ class Candidate:
 
     variant: str
     provider: str = "cpu"
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = {}
     hardware: str = ""
     threads: int = 1
     spinning: bool = False

@@ -58,8 +58,7 @@ class Decision:
     truncated: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Signals:
+class Signals(NamedTuple):
     """What is known of a task before a strategy weighs it.
 
     Attributes:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -42,8 +41,7 @@ class Backend(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """Where a loaded graph runs, read back from ONNX Runtime.
 
     Attributes:
@@ -56,6 +54,10 @@ class Placement:
     candidate: Candidate
     reason: str
     nodes: Mapping[str, int]
+
+    def document(self) -> dict[str, Any]:
+        """For JSON."""
+        return self._asdict() | {"candidate": self.candidate._asdict(), "share": self.share}
 
     @property
     def share(self) -> float | None:

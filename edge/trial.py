@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from edge.bundle import Bundle
-from edge.choice import LIMIT, as_dict, check_golden, from_dict, golden_bound, make_backend, side_by_side
+from edge.choice import LIMIT, check_golden, golden_bound, make_backend, side_by_side
 from edge.encoder import Encoder
 from edge.errors import EdgeError
 from edge.providers import Candidate, first_line
@@ -68,13 +68,13 @@ class Trial:
 
     def document(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"candidate": as_dict(self.candidate)}
+        return asdict(self) | {"candidate": self.candidate._asdict()}
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Trial:
         """The opposite of :meth:`document`."""
         values = dict(document)
-        values["candidate"] = from_dict(values["candidate"])
+        values["candidate"] = Candidate(**values["candidate"])
         values["timings"] = tuple(Timing(**timing) for timing in values["timings"])
         return cls(**values)
 
@@ -88,7 +88,7 @@ def run_trial(path: Path, candidate: Candidate, *, seconds: float = 0.0, limit: 
         seconds: How long to time each length and batch; 0 only proves it by the goldens.
         limit: Seconds after which the process is killed.
     """
-    request = json.dumps({"bundle": str(path), "candidate": as_dict(candidate), "seconds": seconds})
+    request = json.dumps({"bundle": str(path), "candidate": candidate._asdict(), "seconds": seconds})
     # The same modules as here, whatever they were found by.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     command = [sys.executable, "-m", "edge.trial"]
@@ -118,14 +118,14 @@ def _status(code: int) -> str:
 
 
 def _try(request: Mapping[str, Any]) -> Trial:
-    candidate = from_dict(request["candidate"])
+    candidate = Candidate(**request["candidate"])
     try:
         bundle = Bundle.open(request["bundle"])
         variant = bundle.variant(candidate.variant)
         started = time.perf_counter()
         backend = make_backend(bundle, variant, candidate)
         bound = golden_bound(variant, candidate)
-        check_golden(backend, variant, bundle.goldens(), bound)
+        check_golden(backend, variant, bundle, bound)
         load = time.perf_counter() - started
         nodes = backend.nodes() if isinstance(backend, OnnxBackend) else {}
         if nodes and not Placement(candidate, "", nodes).own():

@@ -18,14 +18,13 @@ from typing import Any
 import onnxruntime as ort
 
 from edge.bundle import Bundle
-from edge.choice import LIMIT, USES, Choice, as_dict
+from edge.choice import LIMIT, TUNING, USES, Choice
 from edge.device import cache_folder, detect, usable_cores
 from edge.errors import BackendError, InputError, MissingExtra
 from edge.providers import Candidate, Installed, installed, options_of
 from edge.session import Placement
 from edge.trial import BATCH, TOKENS, Trial, run_trial
 
-FILE = "tuning.json"
 _FORMAT = 1
 
 
@@ -48,7 +47,7 @@ class Tuning:
         return {
             "date": self.date,
             "trials": [trial.document() for trial in self.trials],
-            "winners": {use: as_dict(candidate) for use, candidate in self.winners.items()},
+            "winners": {use: candidate._asdict() for use, candidate in self.winners.items()},
         }
 
     def table(self) -> str:
@@ -158,7 +157,7 @@ _MEASURES: dict[str, Callable[[Trial], float]] = {
 
 def kept(bundle: Bundle) -> Tuning | None:
     """What was measured of this bundle on this device, by this ONNX Runtime; None if nothing was."""
-    entry = _read().get(_key(bundle)) if (cache_folder() / FILE).is_file() else None
+    entry = _read().get(_key(bundle)) if (cache_folder() / TUNING).is_file() else None
     if entry is None:
         return None
     try:
@@ -206,7 +205,7 @@ def _key(bundle: Bundle) -> str:
 
 def _read() -> dict[str, Any]:
     try:
-        document = json.loads((cache_folder() / FILE).read_text("utf-8"))
+        document = json.loads((cache_folder() / TUNING).read_text("utf-8"))
         entries = document["entries"] if document["format"] == _FORMAT else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -220,12 +219,14 @@ def _keep(bundle: Bundle, tuning: Tuning) -> None:
     document = {"format": _FORMAT, "entries": _read() | {_key(bundle): entry}}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{FILE}.", delete=False, encoding="utf-8") as stream:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=folder, prefix=f".{TUNING}.", delete=False, encoding="utf-8"
+        ) as stream:
             json.dump(document, stream)
-        Path(stream.name).replace(folder / FILE)
+        Path(stream.name).replace(folder / TUNING)
     except OSError as error:
         raise InputError(
-            f"{folder / FILE}: cannot be written ({error}). Make room, or name another folder in RUVLTRA_CACHE."
+            f"{folder / TUNING}: cannot be written ({error}). Make room, or name another folder in RUVLTRA_CACHE."
         ) from None
 
 

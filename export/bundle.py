@@ -422,7 +422,7 @@ def _manifest(
     generators: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     report_of = {report.stage: report for report in reports}
-    uncalibrated = {strategy: asdict(calibration) for strategy, calibration in UNCALIBRATED.items()}
+    uncalibrated = {strategy: calibration._asdict() for strategy, calibration in UNCALIBRATED.items()}
     return {
         "format": FORMAT,
         **asdict(identity),
@@ -537,7 +537,7 @@ def _take_over(entry: dict[str, Any], like: Bundle) -> None:
 def _calibrations(by_kind: Mapping[str, Mapping[str, Calibration]]) -> dict[str, Any]:
     return {
         kind: {
-            strategy: {key: None if value is None else round(value, 5) for key, value in asdict(calibration).items()}
+            strategy: {key: None if value is None else round(value, 5) for key, value in calibration._asdict().items()}
             for strategy, calibration in by_strategy.items()
         }
         for kind, by_strategy in by_kind.items()

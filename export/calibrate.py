@@ -8,7 +8,7 @@ is temperature scaling (Guo et al. 2017, arXiv:1706.04599).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +65,7 @@ def calibrate(signals: Sequence[Signals], rows: Sequence[Labelled], agents: Sequ
         threshold = 0.0
         if with_rest and strategy != "keyword":
             threshold = _threshold(confidence[inside], confidence[~inside])
-        result[strategy] = replace(fitted, threshold=round(threshold, 4))
+        result[strategy] = fitted._replace(threshold=round(threshold, 4))
     return result
 
 

@@ -17,14 +17,14 @@ import onnxruntime as ort
 import pytest
 
 from edge import Bundle, Encoder, Router
-from edge.choice import Wish, policy
+from edge.choice import TUNING, Wish, policy
 from edge.cli import main
 from edge.device import cache_folder
 from edge.errors import BackendError, EdgeWarning, InputError, OutputError, PlacementError, ProviderUnavailable
 from edge.providers import KNOWN, Candidate, Installed, Known, Provider, find, options_of
 from edge.session import OnnxBackend, Placement
 from edge.trial import Timing, Trial, run_trial
-from edge.tune import FILE, Tuning, _keep, candidates, kept, prove, tune
+from edge.tune import Tuning, _keep, candidates, kept, prove, tune
 from tests.conftest import MINI
 
 STAND_INS = '''
@@ -172,7 +172,7 @@ def test_the_cpu_alone_asks_for_nothing_and_warns_of_nothing(bundle: Bundle, rec
     assert sum(encoder.placement.nodes.values()) > 50
     assert encoder.placement.candidate.provider == "cpu"
     assert not recwarn.list
-    assert not (cache_folder() / FILE).exists()
+    assert not (cache_folder() / TUNING).exists()
 
 
 def test_tune_by_the_command(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +199,7 @@ def test_tune_by_the_command(bundle: Bundle, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "entries": []}', '{"format": 99}'])
 def test_a_broken_cache_counts_as_none(bundle: Bundle, content: str) -> None:
     cache_folder().mkdir(exist_ok=True)
-    (cache_folder() / FILE).write_text(content)
+    (cache_folder() / TUNING).write_text(content)
     assert kept(bundle) is None
     assert Encoder.load(bundle).placement is not None
     prove(bundle, Candidate("int8"))
