@@ -79,6 +79,14 @@ def open_backend(bundle: Bundle, wish: Wish) -> tuple[Backend, Variant, Placemen
     raise last
 
 
+def hash_ahead(bundle: Bundle, wish: Wish) -> None:
+    """Begin to hash the weights that will most likely be used, while other things load."""
+    if wish.device in ("auto", "cpu"):
+        weights = bundle.variant(next(policy(bundle, wish)).candidate.variant).weights
+        if weights is not None:
+            bundle.hash_ahead(weights)
+
+
 def _open(bundle: Bundle, choice: Choice, wish: Wish) -> tuple[Backend, Variant, Placement]:
     candidate = choice.candidate
     variant = bundle.variant(candidate.variant)

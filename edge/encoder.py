@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from edge.bundle import Bundle
-from edge.choice import Wish, open_backend, side_by_side
+from edge.choice import Wish, hash_ahead, open_backend, side_by_side
 from edge.errors import BackendError, InputError, ManifestError
 from edge.providers import Provider
 from edge.session import Backend, Placement
@@ -112,15 +111,10 @@ class Encoder:
             InputError: There is no such device or use.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        # Hashing the weights leaves the interpreter free, so the tokenizer loads meanwhile.
-        loading: list[Tokenizer | ManifestError] = []
-        thread = threading.Thread(target=lambda: loading.append(_tokenizer_or_error(opened)), daemon=True)
-        thread.start()
-        backend, chosen, placement = open_backend(opened, Wish(variant, device, threads, strict, use))
-        thread.join()
-        tokenizer = loading[0]
-        if isinstance(tokenizer, ManifestError):
-            raise tokenizer
+        wish = Wish(variant, device, threads, strict, use)
+        hash_ahead(opened, wish)
+        tokenizer = _load_tokenizer(opened)
+        backend, chosen, placement = open_backend(opened, wish)
         return cls(opened, backend, tokenizer, chosen.lengths, placement, side_by_side(placement.candidate))
 
     def tokenize(self, text: str) -> Tokens:
@@ -177,13 +171,6 @@ def _load_tokenizer(bundle: Bundle) -> Tokenizer:
             f"{bundle.path}: the tokenizer cannot be loaded ({error}). Install a version of tokenizers from this "
             "package's tested range."
         ) from None
-
-
-def _tokenizer_or_error(bundle: Bundle) -> Tokenizer | ManifestError:
-    try:
-        return _load_tokenizer(bundle)
-    except ManifestError as error:
-        return error
 
 
 def clean(text: str) -> str:
