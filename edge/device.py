@@ -100,7 +100,8 @@ def cpu_features(root: Path = Path("/")) -> tuple[str, ...]:
 
         present = ctypes.windll.kernel32.IsProcessorFeaturePresent
         return tuple(name for name, number in _WINDOWS_FEATURES.items() if present(number))
-    flags = set(f"{_cpuinfo(root, 'flags')} {_cpuinfo(root, 'Features')}".split())
+    # By the machine, since an emulator shows the file of the other one.
+    flags = _cpuinfo(root, "Features" if platform.machine() in ("aarch64", "arm64") else "flags").split()
     return tuple(name for name, (flag, _) in _FEATURES.items() if flag in flags)
 
 

@@ -140,7 +140,7 @@ def examine_device(path: str | Path | None = None) -> Iterator[Check]:
     chosen = encoder.placement.candidate
     yield Check("placement", True, str(encoder.placement))
     yield from _unused(bundle, chosen)
-    trial = run_trial(bundle.path, chosen, seconds=0.2)
+    trial = run_trial(bundle.path, chosen, seconds=0.2, batches=[1])
     if trial.failure is not None or trial.load is None:
         yield Check("time", False, f"{chosen}: {trial.failure}")
         return

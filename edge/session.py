@@ -169,6 +169,9 @@ class OnnxBackend:
         options.log_severity_level = 3
         options.enable_mem_pattern = candidate.provider != "directml"  # which does without, says its documentation
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(candidate.spinning)))
+        # Arm's kernels for processors with SME give wrong vectors for int8 (1.26.0, seen under emulation by
+        # scripts/embedded-check; a real one has yet to be tried). ONNX Runtime's own kernels do not.
+        options.add_session_config_entry("mlas.disable_kleidiai", "1")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if length:
             options.add_free_dimension_override_by_name("batch", 1)

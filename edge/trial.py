@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,16 +79,26 @@ class Trial:
         return cls(**values)
 
 
-def run_trial(path: Path, candidate: Candidate, *, seconds: float = 0.0, limit: float = LIMIT) -> Trial:
+def run_trial(
+    path: Path,
+    candidate: Candidate,
+    *,
+    seconds: float = 0.0,
+    batches: Sequence[int] = (1, BATCH),
+    limit: float = LIMIT,
+) -> Trial:
     """Try a candidate in a process of its own.
 
     Args:
         path: The bundle.
         candidate: What to try.
         seconds: How long to time each length and batch; 0 only proves it by the goldens.
+        batches: Numbers of texts in a call that is timed.
         limit: Seconds after which the process is killed.
     """
-    request = json.dumps({"bundle": str(path), "candidate": candidate._asdict(), "seconds": seconds})
+    request = json.dumps(
+        {"bundle": str(path), "candidate": candidate._asdict(), "seconds": seconds, "batches": list(batches)}
+    )
     # The same modules as here, whatever they were found by.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     command = [sys.executable, "-m", "edge.trial"]
@@ -140,7 +150,7 @@ def _try(request: Mapping[str, Any]) -> Trial:
         timings = [
             _time(encoder, tokens, batch, request["seconds"])
             for tokens in TOKENS
-            for batch in (1, BATCH)
+            for batch in request["batches"]
             if request["seconds"] > 0
         ]
     except EdgeError as error:

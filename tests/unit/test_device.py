@@ -67,7 +67,8 @@ def test_memory_is_the_smaller_limit(tmp_path: Path) -> None:
 
 
 @linux
-def test_an_arm_board(tmp_path: Path) -> None:
+def test_an_arm_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
     write(
         tmp_path,
         proc__cpuinfo="processor\t: 0\nFeatures\t: fp asimd evtstrm asimddp i8mm\n\nprocessor\t: 1\n",
@@ -83,7 +84,8 @@ def test_an_arm_board(tmp_path: Path) -> None:
 
 
 @linux
-def test_features_of_an_x86_processor(tmp_path: Path) -> None:
+def test_features_of_an_x86_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     write(tmp_path, proc__cpuinfo="flags\t: fpu avx2 avx512f avx512_vnni\n")
     assert cpu_features(tmp_path) == ("avx2", "avx512", "avx512-vnni")
     assert cpu_features(tmp_path / "nothing") == ()
