@@ -147,7 +147,8 @@ def installed() -> tuple[Installed, ...]:
     found = [
         Installed(short.get(name, name), "built in", unusable=_UNUSED.get(name))
         for name in ort.get_available_providers()
-        if name != CPU and plugin_package(name) is None  # once registered, ONNX Runtime lists plug-ins as well
+        # Once registered, ONNX Runtime lists plug-ins as well, and what chooses among their hardware ("X.AUTO").
+        if name != CPU and plugin_package(name.partition(".")[0]) is None
     ]
     for package, module in PLUGINS.items():
         if importlib.util.find_spec(module) is not None:
