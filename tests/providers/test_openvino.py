@@ -15,7 +15,8 @@ import pytest
 from edge import Bundle, Encoder, PlacementError, Provider, Router
 from edge.cli import main
 from edge.errors import BackendError, ProviderUnavailable
-from edge.providers import installed
+from edge.providers import Candidate, installed
+from edge.trial import run_trial
 from edge.tune import tune
 
 BUNDLE = os.environ.get("RUVLTRA_TEST_BUNDLE")
@@ -74,9 +75,13 @@ def test_strict_is_proven_or_refused(several: Bundle) -> None:
 
 
 def test_a_graph_that_it_cannot_run_fails_in_a_process_of_its_own(several: Bundle) -> None:
-    """int8's operators: 1.24.1 does not load them, the plug-in 1.8.1 dies of an illegal instruction."""
-    with pytest.raises(BackendError, match=r"cannot load it for openvino|without a result"):
-        Encoder.load(several, device="openvino", variant="int8")
+    """int8's operators: 1.24.1 does not load them; the plug-in 1.8.1 dies of an illegal instruction most times."""
+    trial = run_trial(several.path, Candidate("int8", "openvino", threads=2))
+    if trial.failure is None:
+        assert trial.cosine is not None
+        assert trial.cosine >= several.variant("int8").minimum_cosine
+    else:
+        assert "cannot load it for openvino" in trial.failure or "without a result (SIG" in trial.failure
 
 
 def test_what_it_does_not_know_is_an_error(several: Bundle) -> None:
