@@ -63,9 +63,28 @@ def test_fewer_layers_and_unknown_words_still_make_unit_vectors(minilm: Checkpoi
     torch.testing.assert_close(embed(minilm, TASKS[0]), before)  # the student has weights of its own
 
 
-def test_layers_that_are_not_there_are_an_error(minilm: Checkpoint) -> None:
+def test_fewer_neurons_keep_the_weightiest(minilm: Checkpoint) -> None:
+    small = shrink(minilm, Student(layers=(0, 1), inner=512), TASKS)
+    assert small.backbone.config.intermediate_size == 512
+    layer = small.backbone.get_submodule("encoder.layer.1")
+    before = minilm.backbone.get_submodule("encoder.layer.1")
+    up, down = (before.get_submodule(name).weight.detach() for name in ("intermediate.dense", "output.dense"))
+    assert isinstance(up, torch.Tensor)
+    assert isinstance(down, torch.Tensor)
+    weightiest = (up.norm(dim=1) * down.norm(dim=0)).topk(512).indices.sort().values
+    torch.testing.assert_close(layer.get_submodule("intermediate.dense").weight, up[weightiest])
+    torch.testing.assert_close(layer.get_submodule("output.dense").weight, down[:, weightiest])
+    assert float(embed(small, TASKS[0]).norm()) == pytest.approx(1, abs=1e-5)
+    # All of them change nothing, and a whole bundle of few can be made.
+    every = shrink(minilm, Student(layers=tuple(range(6)), inner=1536), TASKS)
+    torch.testing.assert_close(embed(every, TASKS[0]), embed(minilm, TASKS[0]), atol=1e-5, rtol=0)
+
+
+def test_layers_and_neurons_that_are_not_there_are_an_error(minilm: Checkpoint) -> None:
     with pytest.raises(RecipeError, match="0 to 5"):
         shrink(minilm, Student(layers=(0, 6)), TASKS)
+    with pytest.raises(RecipeError, match="1 to 1536"):
+        shrink(minilm, Student(inner=1537), TASKS)
 
 
 def test_soft_labels_are_the_teachers_probabilities(with_head: Checkpoint, tmp_path: Path) -> None:
