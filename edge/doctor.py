@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+import tokenizers
 
 from edge.bundle import Bundle, Variant
 from edge.choice import default_threads, make_backend
@@ -30,6 +31,8 @@ _RIVALS = (
     "onnxruntime onnxruntime-gpu onnxruntime-openvino onnxruntime-directml onnxruntime-webgpu onnxruntime-migraphx "
     "onnxruntime-rocm onnxruntime-cann onnxruntime-silicon onnxruntime-coreml"
 ).split()
+# From the first on, and below the second: what the tests have run with, as pyproject.toml states it.
+TESTED = {"numpy": ("2.0", "2.5"), "onnxruntime": ("1.24", "1.33"), "tokenizers": ("0.22", "0.24")}
 _LONGEST = 2048  # words; attention over more takes gigabytes
 
 
@@ -169,6 +172,18 @@ def _versions() -> Iterator[Check]:
     if len(here) > 1:
         said += ": they overwrite each other's files; uninstall all, then install one"
     yield Check("onnxruntime", len(here) < 2, said)
+    versions = {"numpy": np.__version__, "onnxruntime": ort.__version__, "tokenizers": tokenizers.__version__}
+    untested = [
+        f"{name} {version} (tested: {' to below '.join(TESTED[name])})"
+        for name, version in versions.items()
+        if not _numbers(TESTED[name][0]) <= _numbers(version) < _numbers(TESTED[name][1])
+    ]
+    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    yield Check("versions", True, f"not tested with {', '.join(untested)}" if untested else f"tested: {said}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
 
 
 def _unused(bundle: Bundle, chosen: Candidate) -> Iterator[Check]:

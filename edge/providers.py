@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import onnxruntime as ort
@@ -253,10 +254,10 @@ def options_of(row: Installed, cache: str) -> dict[str, str]:
     known = KNOWN.get(row.name)
     if known is None:
         return {}
-    return {
-        key: value.replace("{cache}", cache)
-        for key, value in (known.options if row.package is None else known.plugin_options).items()
-    }
+    options = known.options if row.package is None else known.plugin_options
+    if "{cache}" in options.values():
+        Path(cache).mkdir(parents=True, exist_ok=True)
+    return {key: value.replace("{cache}", cache) for key, value in options.items()}
 
 
 def backend_factory(name: str) -> Callable[..., Backend] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 from onnx import numpy_helper
 
 from edge.bundle import MANIFEST, MANIFEST_DIGEST, manifest_digest
-from edge.doctor import examine
-from tests.conftest import MINI
+from edge.doctor import TESTED, examine, examine_device
+from tests.conftest import MINI, ROOT
 
 
 @pytest.fixture
@@ -41,6 +42,29 @@ def failures(folder: Path) -> list[str]:
 
 def test_a_healthy_bundle_passes(copy: Path) -> None:
     assert failures(copy) == []
+
+
+def test_the_device_is_examined(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = {check.name: check for check in examine_device(copy)}
+    assert all(check.ok for check in checks.values())
+    assert {"device", "onnxruntime", "versions", "placement", "time, cold", "time, warm", "memory"} <= checks.keys()
+    assert "operations on CPUExecutionProvider" in checks["placement"].detail
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    assert sorted(stated) == sorted(f"{name}>={low},<{high}" for name, (low, high) in TESTED.items())
+    assert checks["versions"].detail.startswith("tested: ")
+    monkeypatch.setitem(TESTED, "numpy", ("1.0", "1.1"))
+    checks = {check.name: check for check in examine_device(copy)}
+    assert checks["versions"].detail.startswith("not tested with numpy ")
+
+
+def test_two_packages_of_onnxruntime_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "onnxruntime_gpu-1.2.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.2.3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    checks = {check.name: check for check in examine_device(MINI / "bundle")}
+    assert not checks["onnxruntime"].ok
+    assert "onnxruntime-gpu 1.2.3: they overwrite each other's files" in checks["onnxruntime"].detail
 
 
 def test_a_wrong_weight_is_found(copy: Path) -> None:
