@@ -178,7 +178,7 @@ class Bundle:
 
     def __init__(self, source: _Folder | _Zip) -> None:
         self._source = source
-        self._ahead: dict[File, tuple[threading.Thread, list[str]]] = {}
+        self._ahead: dict[File, _Ahead] = {}
         self.path = source.path
         raw = source.read(MANIFEST, None)
         digest = source.read(MANIFEST_DIGEST, 256)
@@ -284,17 +284,17 @@ class Bundle:
             return self.read(file)
         path = self._source.locate(file.file)
         ahead = self._ahead.pop(file, None)
-        if ahead is not None:
-            thread, digests = ahead
-            thread.join()
-            size, digest = file.bytes, digests[0]
-        else:
-            try:
-                with path.open("rb") as stream:
-                    size = os.fstat(stream.fileno()).st_size
+        try:
+            with path.open("rb") as stream:
+                status = os.fstat(stream.fileno())
+                size = status.st_size
+                if ahead is not None and ahead.state == _state(status):
+                    ahead.thread.join()
+                    digest = ahead.digests[0]
+                else:
                     digest = hashlib.file_digest(stream, "sha256").hexdigest() if size == file.bytes else ""
-            except OSError as error:
-                raise _refusal(path, error) from None
+        except OSError as error:
+            raise _refusal(path, error) from None
         self._check(file, size, digest)
         return path
 
@@ -307,14 +307,15 @@ class Bundle:
             return
         try:
             with self._source.locate(file.file).open("rb") as stream:
-                if os.fstat(stream.fileno()).st_size != file.bytes:
+                status = os.fstat(stream.fileno())
+                if status.st_size != file.bytes:
                     return
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except (BundleError, OSError, ValueError):
             return
         digests: list[str] = []
         thread = threading.Thread(target=lambda: digests.append(hashlib.sha256(mapped).hexdigest()), daemon=True)
-        self._ahead[file] = thread, digests
+        self._ahead[file] = _Ahead(thread, digests, _state(status))
         thread.start()
 
     def _check(self, file: File, size: int, digest: str) -> None:
@@ -380,6 +381,18 @@ def default_bundle() -> Path:
 def manifest_digest(manifest: bytes) -> bytes:
     """Content of ``bundle.json.sha256`` for this ``bundle.json``."""
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
+
+
+class _Ahead(NamedTuple):
+    """A hash that is being computed: the thread, where it puts it, and the state of the file that it is of."""
+
+    thread: threading.Thread
+    digests: list[str]
+    state: tuple[int, ...]
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class _Folder:

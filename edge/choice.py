@@ -14,7 +14,15 @@ import numpy as np
 
 from edge.bundle import Bundle, Variant
 from edge.device import INT8_FEATURES, cache_folder, cpu_features, has_battery, usable_cores
-from edge.errors import BackendError, EdgeWarning, InputError, OutputError, PlacementError, ProviderUnavailable
+from edge.errors import (
+    BackendError,
+    EdgeError,
+    EdgeWarning,
+    InputError,
+    OutputError,
+    PlacementError,
+    ProviderUnavailable,
+)
 from edge.providers import KNOWN, Candidate, Provider
 from edge.session import MAX_THREADS, Backend, OnnxBackend, Placement
 
@@ -117,9 +125,16 @@ def make_backend(bundle: Bundle, variant: Variant, candidate: Candidate) -> Back
     if candidate.provider not in KNOWN:
         from edge.providers import backend_factory
 
-        factory = backend_factory(candidate.provider)
-        if factory is not None:
-            return factory(bundle, variant, candidate)
+        try:
+            factory = backend_factory(candidate.provider)
+            if factory is not None:
+                return factory(bundle, variant, candidate)
+        except EdgeError:
+            raise
+        except Exception as error:  # of another package, which may raise anything
+            raise BackendError(
+                f"{candidate.provider}: {type(error).__name__}: {error}. Use another device, or mend that package."
+            ) from error
     return OnnxBackend(bundle, variant, candidate)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -256,7 +257,8 @@ def options_of(row: Installed, cache: str) -> dict[str, str]:
         return {}
     options = known.options if row.package is None else known.plugin_options
     if "{cache}" in options.values():
-        Path(cache).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # the provider then says so
+            Path(cache).mkdir(parents=True, exist_ok=True)
     return {key: value.replace("{cache}", cache) for key, value in options.items()}
 
 

@@ -6,6 +6,7 @@ device: elsewhere, or after an update, it does not count.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
@@ -191,7 +192,8 @@ def prove(bundle: Bundle, candidate: Candidate) -> None:
             raise BackendError(f"{candidate}: {trial.failure.rstrip('.')}. Use another device, or auto.")
         winners = {} if tuning is None else tuning.winners
         date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M") if tuning is None else tuning.date
-        _keep(bundle, Tuning(date, (*known, trial), winners))
+        with contextlib.suppress(InputError):  # where nothing can be kept, it is tried again the next time
+            _keep(bundle, Tuning(date, (*known, trial), winners))
 
 
 def cache_of(provider: str) -> Path:

@@ -206,6 +206,17 @@ def test_a_broken_cache_counts_as_none(bundle: Bundle, content: str) -> None:
     assert kept(bundle) is not None
 
 
+def test_where_nothing_can_be_kept_it_still_runs(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RUVLTRA_CACHE", str(tmp_path / "file" / "cache"))
+    prove(bundle, Candidate("int8"))
+    assert Encoder.load(bundle).encode(["a"]).shape == (1, 384)
+    assert main(["tune", "--seconds", "0.01", "--json"]) == 1
+    assert "another folder in RUVLTRA_CACHE" in capsys.readouterr().err
+
+
 def test_what_was_measured_elsewhere_does_not_count(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     prove(bundle, Candidate("int8"))
     assert kept(bundle) is not None

@@ -158,6 +158,27 @@ def test_a_pipe_in_place_of_a_file_is_refused(copy: Path) -> None:
         Router.load(copy)
 
 
+def test_a_file_that_changes_after_it_was_hashed_ahead_is_refused(copy: Path) -> None:
+    bundle = Bundle.open(copy)
+    weights = bundle.variant().weights
+    assert weights is not None
+    bundle.hash_ahead(weights)
+    assert bundle.locate(weights) == copy / weights.file
+    flip(copy / weights.file, 0.5)
+    bundle.hash_ahead(weights)
+    with pytest.raises(ChecksumError, match="has changed"):
+        bundle.locate(weights)
+    flip(copy / weights.file, 0.5)
+    bundle.hash_ahead(weights)
+    flip(copy / weights.file, 0.5)  # in between
+    with pytest.raises(ChecksumError, match="has changed"):
+        bundle.locate(weights)
+    (copy / weights.file).unlink()
+    bundle.hash_ahead(weights)
+    with pytest.raises(ChecksumError, match="is missing"):
+        bundle.locate(weights)
+
+
 def test_files_that_the_manifest_does_not_list_are_not_pulled_in(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite(copy, nested("variants", 0, "weights")(None))
     monkeypatch.chdir(copy)  # where the weights lie, and where ONNX Runtime would look
