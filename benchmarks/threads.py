@@ -1,9 +1,9 @@
 """Are the default threads the best ones? One text at a time, and 64 texts, by every setting of this machine.
 
-    python -m benchmarks.threads [BUNDLE ...] [--rounds N] [--json OUT]
+    python -m benchmarks.threads [BUNDLE ...] [--rounds N] [--busy N] [--json OUT]
 
 Settings run in turn within a round; each figure is the median over rounds of the ratio to the best setting's time in
-the same round, so that a machine that slows down slows all of them.
+the same round, so that a machine that slows down slows all of them. With --busy, so many processes compute beside it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -41,20 +45,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="*", type=Path, metavar="BUNDLE")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--busy", type=int, default=0, metavar="N")
     parser.add_argument("--json", type=Path, metavar="OUT")
     options = parser.parse_args()
     device = detect()
     print(
         f"{device.cpu}, {device.threads} cores, Python {platform.python_version()}; median of {options.rounds} rounds"
     )
-    results = []
-    for path in options.bundles or [None]:
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(options.busy)]
+    try:
+        results = measure(options.bundles or [None], options.rounds, device.threads)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    if options.json:
+        options.json.write_text(json.dumps({"busy": options.busy, "results": results}, indent=2) + "\n")
+
+
+def measure(bundles: Sequence[Path | None], rounds: int, cores: int) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+    for path in bundles:
         bundle = Bundle.open(path)
         for variant in (v for v in bundle.variants if v.runtime == "onnx"):
             default = next(policy(bundle, Wish(variant=variant.id))).candidate
             settings = [Candidate(variant.id, threads=1)]
-            if device.threads > 1:
-                settings += [Candidate(variant.id, threads=device.threads, spinning=s) for s in (False, True)]
+            if cores > 1:
+                settings += [Candidate(variant.id, threads=cores, spinning=s) for s in (False, True)]
             if default not in settings:
                 settings.append(default)
             encoders = {
@@ -66,7 +83,7 @@ def main() -> None:
                     texts = [" ".join(["word"] * (tokens - 2))] * number
                     times: dict[str, list[float]] = {name: [] for name in encoders}
                     what = f"{bundle.name} {variant.id}, {number} x {tokens}"
-                    for _ in tqdm(range(options.rounds), desc=what, leave=False):
+                    for _ in tqdm(range(rounds), desc=what, leave=False):
                         for name, encoder in encoders.items():
                             times[name].append(once(encoder, texts, 0.05))
                     middle = {name: statistics.median(values) for name, values in times.items()}
@@ -85,8 +102,7 @@ def main() -> None:
                     results.append(row)
                     shown = ", ".join(f"{name.split(', ', 1)[1]} {value:.2f}" for name, value in middle.items())
                     print(f"{what:<36} default/best {ratio:.2f}   ms: {shown}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    return results
 
 
 if __name__ == "__main__":

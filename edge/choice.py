@@ -250,16 +250,12 @@ def _explicit(bundle: Bundle, wish: Wish) -> Choice:
 
 
 def _on_cpu(variant: Variant, wish: Wish, provider: str = "cpu") -> Candidate:
-    threads = default_threads(variant) if wish.threads is None else wish.threads
-    return Candidate(variant.id, provider, threads=threads, spinning=threads > 1 and not has_battery())
+    """One thread for a text, unless more were asked for.
 
-
-def default_threads(variant: Variant) -> int:
-    """Threads for one text: one for int8, whose products are too short to share; else all cores.
-
-    Several texts run side by side where one takes one thread (:meth:`edge.Encoder.encode`).
+    Several are of use only where they spin, which takes energy and loses much beside other work.
     """
-    return 1 if _is_int8(variant) else usable_cores()
+    threads = 1 if wish.threads is None else wish.threads
+    return Candidate(variant.id, provider, threads=threads, spinning=threads > 1 and not has_battery())
 
 
 def side_by_side(candidate: Candidate) -> int:

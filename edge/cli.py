@@ -110,7 +110,10 @@ def _parser() -> argparse.ArgumentParser:
         "--use", choices=USES, default="latency", help="what a measured winner is to be best at (default: latency)"
     )
     bundle.add_argument(
-        "--threads", type=_threads, metavar="N", help="threads for one text (default: 1 with int8, else all cores)"
+        "--threads",
+        type=_threads,
+        metavar="N",
+        help="threads for one text (default: 1; texts run side by side)",
     )
     agents = argparse.ArgumentParser(add_help=False)
     agents.add_argument(

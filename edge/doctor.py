@@ -15,7 +15,7 @@ import onnxruntime as ort
 import tokenizers
 
 from edge.bundle import Bundle, Variant
-from edge.choice import default_threads, make_backend
+from edge.choice import make_backend
 from edge.coreml import available
 from edge.device import detect
 from edge.encoder import Encoder
@@ -85,7 +85,7 @@ def _examine_files(bundle: Bundle, variant: Variant) -> Check:
 def _examine_variant(bundle: Bundle, variant: Variant) -> Iterator[Check]:
     try:
         provider = "cpu" if variant.runtime == "onnx" else "coreml"
-        candidate = Candidate(variant.id, provider, threads=default_threads(variant))
+        candidate = Candidate(variant.id, provider)
         encoder = Encoder(bundle, make_backend(bundle, variant, candidate), lengths=variant.lengths)
         yield Check(f"{variant.id}: model", True, f"{variant.model.file}, {variant.bytes / 1e6:.1f} MB, loads")
         goldens = bundle.goldens()

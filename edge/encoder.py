@@ -101,7 +101,7 @@ class Encoder:
             variant: Id of a variant; None for what suits the device.
             device: ``auto`` takes what `ruvltra tune` measured as best here, else the CPU. Or ``cpu``, ``coreml``,
                 ``cuda``, ``openvino`` and so on, ``openvino:GPU``, or a :class:`Provider` with options of its own.
-            threads: Threads for one text; None for 1 with int8 activations, else all cores that may be used.
+            threads: Threads for one text; None for 1, or what was measured as best. Several texts run side by side.
             strict: Refuse unless the whole graph runs on the provider.
             use: What a measured winner is to be best at: ``latency``, ``throughput`` or ``memory``.
 
