@@ -289,7 +289,12 @@ def test_a_full_disk_and_an_interrupt_leave_nothing(tmp_path: Path) -> None:
     assert "Traceback" not in full.stderr
     assert full.stderr.startswith("ruvltra-export: ")
     assert list(tmp_path.iterdir()) == []
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     while not list(tmp_path.iterdir()):
         assert process.poll() is None
         time.sleep(0.05)
