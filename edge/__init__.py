@@ -5,6 +5,8 @@
 'debugger'
 """
 
+from typing import TYPE_CHECKING
+
 import numpy  # noqa: F401 (before all else: the heap that it leaves lets the tokenizer load in half the time)
 
 from edge.agents import Agent, load_agents
@@ -23,11 +25,16 @@ from edge.errors import (
     OutputError,
     PlacementError,
     ProviderUnavailable,
+    StoreError,
     VersionError,
 )
 from edge.providers import Provider
 from edge.router import STRATEGIES, Decision, Ranked, Router
 from edge.session import Placement
+
+if TYPE_CHECKING:
+    from edge.index import Hit, Index
+    from edge.memory import MemoryStore
 
 __version__ = "0.4.0"
 
@@ -43,8 +50,11 @@ __all__ = [
     "EdgeError",
     "EdgeWarning",
     "Encoder",
+    "Hit",
+    "Index",
     "InputError",
     "ManifestError",
+    "MemoryStore",
     "MissingExtra",
     "OutputError",
     "Placement",
@@ -53,6 +63,21 @@ __all__ = [
     "ProviderUnavailable",
     "Ranked",
     "Router",
+    "StoreError",
     "VersionError",
     "load_agents",
 ]
+
+_LAZY = {
+    "Hit": "edge.index",
+    "Index": "edge.index",
+    "MemoryStore": "edge.memory",
+}  # routing needs none of these, and starts sooner without
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

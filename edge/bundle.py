@@ -230,6 +230,15 @@ class Bundle:
         self._load_agents(content["agents"])
         self._goldens = content["goldens"]
 
+    @property
+    def encoder_id(self) -> str:
+        """What the encoder computes, as a hash of tokenizer and goldens; the same for all variants.
+
+        Vectors of one such id may be compared. Agents, calibration or a further variant do not change it.
+        """
+        parts = (self.files["tokenizer"].sha256, self.files["goldens"].sha256)
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
     @classmethod
     def open(cls, path: str | Path | None = None) -> Bundle:
         """Open and verify a bundle.

@@ -45,6 +45,7 @@ class Encoder:
     it never does. Several texts run side by side, one a core.
 
     Attributes:
+        id: What it computes (:attr:`Bundle.encoder_id`): an index is bound to it.
         dim: Number of values of a vector.
         max_length: Tokens of the longest text; longer ones are cut.
         placement: What was chosen to run the model, why, and where its operations run; None for an
@@ -73,6 +74,7 @@ class Encoder:
         self.placement = placement
         self._side_by_side = side_by_side
         self._pool: ThreadPoolExecutor | None = None
+        self.id = bundle.encoder_id
         self.dim = bundle.encoder.dim
         self.max_length = min(bundle.encoder.max_length, *lengths[-1:]) if lengths else bundle.encoder.max_length
         self._prompt = bundle.encoder.prompt

@@ -9,6 +9,7 @@
     │   ├── ProviderUnavailable  the execution provider is not installed, or of no use here
     │   ├── PlacementError     parts of the graph would run elsewhere than asked for
     │   └── OutputError        the model returned something that is not a unit vector
+    ├── StoreError             a saved index or a memory store cannot be used
     ├── AgentError             a file of agents is broken (names file and line)
     ├── InputError             a value or file handed in by the caller cannot be used
     └── MissingExtra           an optional dependency is missing (names the pip command)
@@ -56,6 +57,10 @@ class PlacementError(BackendError):
 
 class OutputError(BackendError):
     """The model returned values that are not finite unit vectors."""
+
+
+class StoreError(EdgeError):
+    """A saved index or a memory store is missing, inconsistent, or made by another encoder."""
 
 
 class AgentError(EdgeError):
