@@ -44,6 +44,10 @@ def page() -> str:
             if isinstance(action, argparse._SubParsersAction):
                 for verb in action.choices.values():
                     parts.append(f"### {verb.prog}\n\n```text\n{verb.format_help()}```\n")
+                    for inner in verb._actions:
+                        if isinstance(inner, argparse._SubParsersAction):
+                            for nested in inner.choices.values():
+                                parts.append(f"#### {nested.prog}\n\n```text\n{nested.format_help()}```\n")
     return "\n".join(parts)
 
 

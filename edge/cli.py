@@ -1,4 +1,4 @@
-"""The command ``ruvltra``: route, embed, eval, inspect, device, tune, doctor."""
+"""The command ``ruvltra``: route, embed, eval, memory, index, inspect, device, tune, doctor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ import onnxruntime
 from edge import __version__
 from edge.bundle import Bundle, Variant
 from edge.choice import LIMIT, USES
-from edge.encoder import Encoder, clean
+from edge.cli_options import texts
+from edge.encoder import Encoder
 from edge.errors import EdgeError, EdgeWarning, InputError
 from edge.providers import Candidate, Provider
 from edge.router import STRATEGIES, Decision, Router
@@ -36,7 +37,8 @@ ABSTAINED = 3  # exit status of `ruvltra route` for a single text that nobody ta
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 error, 2 usage, 3 abstained)."""
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser(words[0] if words else None).parse_args(words)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", EdgeWarning)
@@ -79,7 +81,8 @@ def run() -> NoReturn:
     os._exit(status)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """The command line; the verbs that have verbs of their own are complete only if it is for them, or for all."""
     parser = argparse.ArgumentParser(
         prog="ruvltra",
         description="Route developer tasks to agents and embed text, locally and offline.",
@@ -159,6 +162,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the confusion matrix (hybrid's, if all)")
     evaluate.set_defaults(run=_eval)
 
+    for name, what in (("memory", "a store of texts: add, import, search, ..."), ("index", "an index of vectors")):
+        nested = verbs.add_parser(name, help=what, description=f"Work with {what.partition(':')[0]}.")
+        if verb in (None, name) or verb.startswith("-"):
+            from edge import cli_memory  # with what it imports, for these verbs alone
+
+            (cli_memory.fill_memory if name == "memory" else cli_memory.fill_index)(nested)
+
     inspect = verbs.add_parser("inspect", parents=[as_json], help="show what is in a bundle")
     inspect.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: the built-in bundle")
     inspect.set_defaults(run=_inspect)
@@ -235,18 +245,6 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _texts(arguments: Sequence[str]) -> Iterator[str]:
-    """The texts of the command line; '-' stands for the lines of standard input."""
-    for argument in arguments:
-        if argument != "-":
-            yield clean(argument)
-            continue
-        if sys.stdin is None:
-            raise InputError("standard input is closed. Pipe texts into it, or give them as arguments.")
-        for number, line in enumerate(sys.stdin.buffer):
-            yield line.decode("utf-8" if number else "utf-8-sig", "replace").rstrip("\r\n")
-
-
 def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Show a counter on a terminal's standard error while items pass."""
     shown = sys.stderr.isatty()
@@ -259,7 +257,7 @@ def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 def _route(options: argparse.Namespace) -> int:
     router = Router.load(options.bundle, agents=options.agents, strategy=options.strategy, **_wanted(options))
     decision = None
-    for task in _texts(options.text):
+    for task in texts(options.text):
         started = time.perf_counter()
         decision = router.route(task)
         milliseconds = (time.perf_counter() - started) * 1000
@@ -310,11 +308,11 @@ def _quoted(phrases: Sequence[str]) -> str:
 def _embed(options: argparse.Namespace) -> int:
     encoder = Encoder.load(options.bundle, **_wanted(options))
     if options.output is None:
-        for text in _texts(options.text):
+        for text in texts(options.text):
             print(json.dumps({"text": text, "vector": encoder.encode([text])[0].tolist()}), flush=True)
         return 0
-    texts = list(_texts(options.text))
-    blocks = [texts[start : start + _BLOCK] for start in range(0, len(texts), _BLOCK)] or [[]]
+    every = list(texts(options.text))
+    blocks = [every[start : start + _BLOCK] for start in range(0, len(every), _BLOCK)] or [[]]
     vectors = np.concatenate([encoder.encode(block) for block in _progress(blocks, len(blocks), "embedded, blocks")])
     path: Path = options.output
     try:

@@ -1,0 +1,21 @@
+"""What several verbs of the command line read in the same way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+
+from edge.encoder import clean
+from edge.errors import InputError
+
+
+def texts(arguments: Sequence[str]) -> Iterator[str]:
+    """The texts of the command line; '-' stands for the lines of standard input."""
+    for argument in arguments:
+        if argument != "-":
+            yield clean(argument)
+            continue
+        if sys.stdin is None:
+            raise InputError("standard input is closed. Pipe texts into it, or give them as arguments.")
+        for number, line in enumerate(sys.stdin.buffer):
+            yield line.decode("utf-8" if number else "utf-8-sig", "replace").rstrip("\r\n")
