@@ -92,7 +92,7 @@ def pair(number: int, version: int) -> list[dict[str, Any]]:
 
 def kill_again_and_again(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
     """Kill the writer at random moments; check every record that was acknowledged before."""
-    choose = random.Random(seed)  # noqa: S311
+    choose = random.Random(seed)
     written: dict[int, int] = {}
     deleted: set[int] = set()
     lost, halves, acknowledged = [], [], 0

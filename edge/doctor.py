@@ -19,7 +19,7 @@ from edge.choice import make_backend
 from edge.coreml import available
 from edge.device import detect
 from edge.encoder import Encoder
-from edge.errors import EdgeError
+from edge.errors import EdgeError, MissingExtra
 from edge.providers import Candidate, installed
 from edge.router import Router
 from edge.trial import run_trial
@@ -129,6 +129,7 @@ def examine_device(path: str | Path | None = None) -> Iterator[Check]:
     cores = f"{device.threads} of {device.logical_cores} cores to use"
     yield Check("device", True, f"{device.cpu}, {cores}, {', '.join(device.features) or 'no int8 instructions known'}")
     yield from _versions()
+    yield _index()
     bundle = Bundle.open(path)
     with warnings.catch_warnings(record=True) as dropped:
         warnings.simplefilter("always")
@@ -180,6 +181,28 @@ def _versions() -> Iterator[Check]:
     ]
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     yield Check("versions", True, f"not tested with {', '.join(untested)}" if untested else f"tested: {said}")
+
+
+def _index() -> Check:
+    """Whether Annoy finds here what exact search finds; some compilers' fast-math has broken it."""
+    from edge import trees
+
+    random = np.random.default_rng(0)
+    vectors = np.repeat(random.normal(size=(30, 32)), 20, axis=0) + 0.3 * random.normal(size=(600, 32))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    try:
+        built = trees.build(vectors, trees.TREES, seed=0)
+    except MissingExtra as error:
+        return Check("index", True, f"all vectors are searched exactly; {error}")
+    problem = trees.fault(built, vectors)
+    if problem is not None:
+        return Check("index", False, f"Annoy's search is broken: {problem}. Compile it here, or uninstall it")
+    found = 0
+    for query in vectors[::20]:
+        rows = built.candidates(vectors, query, 10, 200)
+        best = set(rows[np.argsort(-(vectors[rows] @ query))[:10]].tolist())
+        found += len(best & set(np.argsort(-(vectors @ query))[:10].tolist()))
+    return Check("index", found >= 285, f"Annoy finds {found / 300:.1%} of the nearest of 600 vectors (bound 95 %)")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

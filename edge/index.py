@@ -27,7 +27,7 @@ from edge.trees import Trees
 FORMAT = 1
 MANIFEST = "index.json"
 BACKENDS = ("auto", "annoy", "exact")
-EXACT_UP_TO = 5000  # vectors; the cross-over, see docs/retrieval.md
+EXACT_UP_TO = 2000  # vectors; the cross-over, by `python -m benchmarks.retrieval crossover`
 RECALL = 0.95  # that a build is tuned for, at K
 K = 10
 _EFFORTS = (50, 100, 200, 400, 800, 1600, 3200, 6400, 12800, 25600)
