@@ -419,8 +419,8 @@ def main() -> None:
         for row in result["curves"]:
             print(
                 f"| {row['vectors']} | {row['build_seconds']:.1f} | {row['peak_bytes'] / 1e9:.2f} "
-                f"| {row['bytes'] / 1e6:.0f} | {row['bytes_vectors'] / 1e6:.0f} | {row['effort']} | {row['recall']:.3f} "
-                f"| {row['p50_ms']:.3f} | {row['exact_p50_ms']:.2f} |"
+                f"| {row['bytes'] / 1e6:.0f} | {row['bytes_vectors'] / 1e6:.0f} | {row['effort']} "
+                f"| {row['recall']:.3f} | {row['p50_ms']:.3f} | {row['exact_p50_ms']:.2f} |"
             )
         if options.plot:
             plot_curves(result["curves"], options.plot)

@@ -171,11 +171,11 @@ class Index:
         if backend not in BACKENDS:
             raise InputError(f"there is no back end {backend!r}. Choose one of: {', '.join(BACKENDS)}.")
         if not 1 <= trees <= 1000 or not 0 <= seed < 2**31:
-            raise InputError(f"{trees} trees and seed {seed}: give 1 to 1000 trees, and a seed from 0 to 2^31 - 1.")
+            raise InputError(f"trees is {trees} and seed {seed}. Give 1 to 1000 trees, and a seed from 0 to 2^31 - 1.")
         names = _pack(ids)
         rows = _unit(vectors, "vectors")
         if rows.ndim != 2:
-            raise InputError(f"vectors must be a matrix, one row for each id, not of shape {rows.shape}.")
+            raise InputError(f"vectors has shape {rows.shape}. Give a matrix of one row for each id.")
         if len(names) != len(rows):
             raise InputError(f"{len(names)} ids for {len(rows)} vectors. Give one id for each vector.")
         rows.flags.writeable = False
@@ -687,7 +687,7 @@ def _unit(vectors: ArrayLike, what: str) -> NDArray[np.float32]:
     except (TypeError, ValueError):
         raise InputError(f"{what} must be numbers, in rows of one length. Pass what Encoder.encode returns.") from None
     if rows.ndim not in (1, 2) or not rows.shape[-1]:
-        raise InputError(f"{what} must have one or two dimensions and at least one value, not shape {rows.shape}.")
+        raise InputError(f"{what} has shape {rows.shape}. Pass a vector, or a matrix of one vector a row.")
     with np.errstate(over="ignore"):
         length = np.sqrt(np.einsum("...j,...j->...", rows, rows, dtype=np.float64))
     if not np.all(np.isfinite(length) & (length > 0)):
