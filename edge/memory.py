@@ -43,11 +43,12 @@ _APPLICATION = 0x52564D53  # "RVMS", SQLite's application_id
 _RECORDS = "memory.sqlite"
 _SEGMENTS = "segments"
 _RANK = 60  # the constant of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009)
-_COMMON = 0.2  # share of the records; a word that more of them have is not looked for, if a rarer one is
+_WORDY = 10_000  # records that a query's words may occur in, together; more common ones are not looked for
 _WAIT = 30.0  # seconds for another writer
 _FEW = 200  # records asked for by number at a time
 _FIELDS = ("text", "id", "metadata", "namespace", "ttl", "vector")
-_INSERT = "INSERT INTO documents (namespace, id, text, metadata, vector, created, expires) VALUES (?, ?, ?, ?, ?, ?, ?)"
+_INSERT = "INSERT INTO documents (namespace, id, text, metadata, created, expires) VALUES (?, ?, ?, ?, ?, ?)"
+_INSERT_VECTOR = "INSERT INTO vectors SELECT seq, ? FROM documents WHERE namespace = ? AND id = ?"
 _LIVE = "(expires IS NULL OR expires > ?)"
 _COLUMNS = "seq, namespace, id, text, metadata, created, expires"
 
@@ -58,11 +59,11 @@ CREATE TABLE documents (
     id TEXT NOT NULL,
     text TEXT NOT NULL,
     metadata TEXT NOT NULL,
-    vector BLOB NOT NULL,
     created REAL NOT NULL,
     expires REAL,
     UNIQUE (namespace, id)
 );
+CREATE TABLE vectors (seq INTEGER PRIMARY KEY, vector BLOB NOT NULL);
 CREATE INDEX documents_expires ON documents (expires) WHERE expires IS NOT NULL;
 CREATE VIRTUAL TABLE words USING fts5 (
     text, content='documents', content_rowid='seq', tokenize='unicode61 remove_diacritics 2'
@@ -73,6 +74,7 @@ CREATE TRIGGER documents_added AFTER INSERT ON documents BEGIN
 END;
 CREATE TRIGGER documents_deleted AFTER DELETE ON documents BEGIN
     INSERT INTO words (words, rowid, text) VALUES ('delete', old.seq, old.text);
+    DELETE FROM vectors WHERE seq = old.seq;
 END;
 CREATE TABLE store (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 """
@@ -329,10 +331,11 @@ class MemoryStore:
                     "replace=True."
                 )
             self._records.execute("DELETE FROM documents WHERE seq = ?", (old[0],))
-        self._records.execute(
-            _INSERT,
-            (draft.namespace, draft.id, draft.text, draft.metadata, vector, now, expires),
-        )
+        self._insert(draft, vector, now, expires)
+
+    def _insert(self, draft: _Draft, vector: bytes, created: float, expires: float | None) -> None:
+        self._records.execute(_INSERT, (draft.namespace, draft.id, draft.text, draft.metadata, created, expires))
+        self._records.execute(_INSERT_VECTOR, (vector, draft.namespace, draft.id))
 
     def update(
         self,
@@ -352,7 +355,8 @@ class MemoryStore:
         now = time.time()
         with self._lock, self._guarded(), self._writing():
             old = self._row(
-                f"SELECT {_COLUMNS}, vector FROM documents WHERE namespace = ? AND id = ? AND {_LIVE}",
+                f"SELECT {_COLUMNS}, vector FROM documents JOIN vectors USING (seq) "
+                f"WHERE namespace = ? AND id = ? AND {_LIVE}",
                 namespace,
                 id,
                 now,
@@ -369,10 +373,7 @@ class MemoryStore:
             draft = _draft(kept, 1)
             expires = old[6] if ttl is None else now + ttl
             self._records.execute("DELETE FROM documents WHERE seq = ?", (old[0],))
-            self._records.execute(
-                _INSERT,
-                (namespace, id, draft.text, draft.metadata, old[7] if vector is None else vector, old[5], expires),
-            )
+            self._insert(draft, old[7] if vector is None else vector, old[5], expires)
 
     def delete(self, id: str, *, namespace: str = NAMESPACE) -> bool:
         """Forget a record; whether there was one."""
@@ -417,7 +418,8 @@ class MemoryStore:
         try:
             with self._guarded():
                 rows = reader.execute(
-                    f"SELECT {_COLUMNS}, vector FROM documents d WHERE {_LIVE}{matching} ORDER BY seq",
+                    f"SELECT {_COLUMNS}, vector FROM documents d JOIN vectors USING (seq) "
+                    f"WHERE {_LIVE}{matching} ORDER BY seq",
                     (time.time(), *values),
                 )
                 for row in rows:
@@ -560,7 +562,7 @@ class MemoryStore:
             if covered != self._since.after:
                 self._since = _Recent(covered)
         self._since.extend(
-            self._records.execute("SELECT seq, vector FROM documents WHERE seq > ? ORDER BY seq", (self._since.last,))
+            self._records.execute("SELECT seq, vector FROM vectors WHERE seq > ? ORDER BY seq", (self._since.last,))
         )
 
     def _open_segment(self, name: str) -> _Segment:
@@ -612,7 +614,7 @@ class MemoryStore:
                 last = reader.execute("SELECT coalesce(max(seq), 0) FROM documents").fetchone()[0]
                 settings = dict(reader.execute("SELECT key, value FROM store"))
                 for seq, vector in reader.execute(
-                    "SELECT seq, vector FROM documents WHERE expires IS NULL OR expires > ? ORDER BY seq", (now,)
+                    f"SELECT seq, vector FROM documents JOIN vectors USING (seq) WHERE {_LIVE} ORDER BY seq", (now,)
                 ):
                     numbers.append(seq)
                     vectors.append(vector)
@@ -755,7 +757,8 @@ class _Search:
             some = numbers[start : start + _FEW]
             marks = ",".join("?" * len(some))
             rows = self._records.execute(
-                f"SELECT seq FROM documents d WHERE seq IN ({marks}){self._condition}", (*some, *self._values)
+                f"SELECT seq FROM documents d NOT INDEXED WHERE seq IN ({marks}){self._condition}",
+                (*some, *self._values),
             )
             found.update(row[0] for row in rows)
         return found
@@ -770,20 +773,34 @@ class _Search:
     def by_words(self, query: str, k: int) -> list[int]:
         """The best by BM25, best first."""
         total = self._total
-        common = []
+        frequency: dict[str, int] = {}
         for word in dict.fromkeys(_words(query)):
             row = self._records.execute("SELECT doc FROM vocabulary WHERE term = ?", (word,)).fetchone()
-            documents = 0 if row is None else row[0]
-            self._weights[word] = math.log(1 + (total - documents + 0.5) / (documents + 0.5))
-            if documents > _COMMON * total:
-                common.append(word)
-        sought = [word for word in self._weights if word not in common] or list(self._weights)
+            frequency[word] = 0 if row is None else row[0]
+            self._weights[word] = math.log(1 + (total - frequency[word] + 0.5) / (frequency[word] + 0.5))
+        sought: list[str] = []
+        scanned = 0
+        for word in sorted((word for word in frequency if frequency[word]), key=frequency.__getitem__):
+            scanned += frequency[word]
+            if sought and scanned > _WORDY:
+                break
+            sought.append(word)
         if not sought:
             return []
+        any_of = " OR ".join(f'"{word}"' for word in sought)
+        wide = 2 * k + 16
+        rows = self._records.execute(
+            "SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid LIMIT ?", (any_of, wide)
+        )
+        best = [row[0] for row in rows]
+        live = self.matching(best)
+        found = [seq for seq in best if seq in live][:k]
+        if len(found) == k or len(best) < wide:
+            return found
         rows = self._records.execute(
             "SELECT seq FROM words JOIN documents d ON d.seq = words.rowid "
             f"WHERE words MATCH ?{self._condition} ORDER BY bm25(words), seq LIMIT ?",
-            (" OR ".join(f'"{word}"' for word in sought), *self._values, k),
+            (any_of, *self._values, k),
         )
         return [row[0] for row in rows]
 
@@ -799,7 +816,9 @@ class _Search:
         for start in range(0, len(numbers), _FEW):
             some = numbers[start : start + _FEW]
             marks = ",".join("?" * len(some))
-            for row in self._records.execute(f"SELECT {_COLUMNS}, vector FROM documents WHERE seq IN ({marks})", some):
+            for row in self._records.execute(
+                f"SELECT {_COLUMNS}, vector FROM documents JOIN vectors USING (seq) WHERE seq IN ({marks})", some
+            ):
                 found[row[0]] = row
         return found
 
