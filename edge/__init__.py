@@ -33,6 +33,7 @@ from edge.router import STRATEGIES, Decision, Ranked, Router
 from edge.session import Placement
 
 if TYPE_CHECKING:
+    from edge.capabilities import Capabilities, Capability
     from edge.index import Hit, Index
     from edge.memory import MemoryStore
 
@@ -45,6 +46,8 @@ __all__ = [
     "BackendError",
     "Bundle",
     "BundleError",
+    "Capabilities",
+    "Capability",
     "ChecksumError",
     "Decision",
     "EdgeError",
@@ -69,6 +72,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Capabilities": "edge.capabilities",
+    "Capability": "edge.capabilities",
     "Hit": "edge.index",
     "Index": "edge.index",
     "MemoryStore": "edge.memory",

@@ -130,6 +130,13 @@ class Generator(NamedTuple):
     end_ids: tuple[int, ...]
 
 
+class Catalogue(NamedTuple):
+    """A catalogue of capabilities: its entries, and what finds them (:mod:`edge.capabilities`)."""
+
+    entries: File
+    scorer: File
+
+
 class EncoderSpec(NamedTuple):
     """What goes in and comes out of every variant."""
 
@@ -221,6 +228,12 @@ class Bundle:
         self.generators = tuple(_generator(table) for table in generators)
         documents = manifest.tables("documents") if "documents" in manifest.values else []
         self.documents = tuple(_file(table) for table in documents)  # for people; nothing here reads them
+        catalogue = manifest.table("capabilities") if manifest.values.get("capabilities") is not None else None
+        self.catalogue = (
+            None
+            if catalogue is None
+            else Catalogue(_file(catalogue.table("entries")), _file(catalogue.table("scorer")))
+        )
         self.files = {key: _file(manifest.table(key)) for key in ("tokenizer", "agents", "goldens")}
         content = {key: self.read(file) for key, file in self.files.items()}
         for file in self.documents:
@@ -371,6 +384,24 @@ class Bundle:
             vector = _matrix(row.items("vector"), (self.encoder.dim,), where)
             goldens.append(Golden(row.string("text"), tuple(ids), vector))
         return goldens
+
+    def capabilities(self) -> list[tuple[list[str], str]]:
+        """Ids and description of each entry of the catalogue; none if there is no catalogue.
+
+        Raises:
+            ChecksumError: The file is missing, has changed or was cut short.
+            ManifestError: It is not what the format says.
+        """
+        if self.catalogue is None:
+            return []
+        where = self._source.name(self.catalogue.entries.file)
+        entries = []
+        for row in _Table(_json(self.read(self.catalogue.entries), where), where).tables("entries"):
+            ids = row.items("ids")
+            if not ids or not all(isinstance(name, str) and name for name in ids):
+                raise ManifestError(f"{row.where}: ids must be texts, at least one. {_COPY_AGAIN}")
+            entries.append((ids, row.string("description")))
+        return entries
 
 
 def default_bundle() -> Path:

@@ -1,4 +1,4 @@
-"""The command ``ruvltra``: route, embed, eval, memory, index, inspect, device, tune, doctor."""
+"""The command ``ruvltra``: route, embed, capabilities, eval, memory, index, inspect, device, tune, doctor."""
 
 from __future__ import annotations
 
@@ -149,6 +149,20 @@ def _parser(verb: str | None = None) -> argparse.ArgumentParser:
     )
     embed.set_defaults(run=_embed)
 
+    capabilities = verbs.add_parser(
+        "capabilities",
+        parents=[bundle, as_json],
+        help="find the tool that a request asks for",
+        description="Find the capabilities of claude-flow, agentic-flow and ruvector that a request asks for: "
+        "commands, agents, hooks, workers, skills, MCP tools, crates and others, with a probability for each.",
+    )
+    capabilities.add_argument("-k", type=_count, default=5, metavar="N", help="how many (default: 5)")
+    capabilities.add_argument("--ecosystem", metavar="NAME", help="only what this one has (default: all)")
+    capabilities.add_argument(
+        "text", nargs="+", metavar="TEXT", help="a request; '-' reads requests from standard input, one a line"
+    )
+    capabilities.set_defaults(run=_capabilities)
+
     evaluate = verbs.add_parser(
         "eval",
         parents=[bundle, agents, as_json],
@@ -214,6 +228,12 @@ def _threads(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_THREADS:
         raise argparse.ArgumentTypeError(f"must be a number from 1 to {MAX_THREADS}")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text[:9]) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number from 1")
+    return int(text[:9])
 
 
 def _seconds(text: str) -> float:
@@ -331,6 +351,31 @@ def _embed(options: argparse.Namespace) -> int:
             partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be written ({error}). Choose another path for --output.") from None
+    return 0
+
+
+def _capabilities(options: argparse.Namespace) -> int:
+    from edge.capabilities import Capabilities
+
+    bundle = Bundle.open(options.bundle)
+    catalogue = Capabilities.load(bundle, encoder=Encoder.load(bundle, **_wanted(options)))
+    for number, request in enumerate(texts(options.text)):
+        started = time.perf_counter()
+        hits = catalogue.search(request, options.k, ecosystem=options.ecosystem)
+        milliseconds = round((time.perf_counter() - started) * 1000, 3)
+        if options.json:
+            found = {"query": request, "hits": [hit._asdict() for hit in hits], "ms": milliseconds}
+            print(json.dumps(found), flush=True)
+            continue
+        if number:
+            print()
+        for hit in hits:
+            also = f"  (also {', '.join(hit.also)})" if hit.also else ""
+            print(f"{hit.score:.2f}  {hit.id}{also}")
+            print(f"      {hit.description}")
+        if not hits:
+            print("nothing is asked for")
+        sys.stdout.flush()
     return 0
 
 

@@ -56,7 +56,7 @@ def calibrate(signals: Sequence[Signals], rows: Sequence[Labelled], agents: Sequ
         features = features[:, :-1]
     result: dict[str, Calibration] = {}
     for strategy, used in _FEATURES.items():
-        weights = _fit(features, label, [*used, 3] if with_rest else list(used))
+        weights = fit(features, label, [*used, 3] if with_rest else list(used), signed=3)
         rest = float(weights[3]) if with_rest else None
         fitted = Calibration(float(weights[0]), float(weights[1]), float(weights[2]), rest, 0.0)
         if strategy == "hybrid" and trained:
@@ -141,8 +141,20 @@ def _features(signal: Signals) -> NDArray[np.float64]:
     return table
 
 
-def _fit(features: NDArray[np.float64], label: NDArray[np.int64], used: list[int]) -> NDArray[np.float64]:
-    """Maximum-likelihood weights (4,) over the used columns; weights of evidence are never negative."""
+def fit(
+    features: NDArray[np.floating], label: NDArray[np.int64], used: list[int], signed: int | None = None
+) -> NDArray[np.float64]:
+    """Maximum-likelihood weights of the evidence for each of several answers, by Newton's method.
+
+    Args:
+        features: (n, answers, columns).
+        label: (n,): the right answer.
+        used: The columns that may have a weight.
+        signed: The one whose weight may be negative.
+
+    Returns:
+        (columns,), 0 for those that are not used.
+    """
     active = list(used)
     while True:
         x = features[:, :, active]
@@ -159,9 +171,9 @@ def _fit(features: NDArray[np.float64], label: NDArray[np.int64], used: list[int
             if length < 1e-9:
                 break
             weights += step * min(1.0, 5.0 / length)
-        negative = [column for column, weight in zip(active, weights, strict=True) if weight < 0 and column != 3]
+        negative = [column for column, weight in zip(active, weights, strict=True) if weight < 0 and column != signed]
         if not negative:
-            full = np.zeros(4)
+            full = np.zeros(features.shape[-1])
             full[active] = weights
             return full
         active = [column for column in active if column not in negative]

@@ -198,6 +198,16 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="write the stages as JSON")
     verify.set_defaults(run=_verify)
 
+    capabilities = verbs.add_parser(
+        "capabilities",
+        help="make a catalogue of capabilities part of a bundle",
+        description='Fit the search of a catalogue, rows {"ids": ["ecosystem/kind/name", ...], "description", '
+        '"keywords", "requests"}, and put it into a bundle, for `ruvltra capabilities`.',
+    )
+    capabilities.add_argument("catalogue", type=Path, metavar="CATALOGUE.jsonl")
+    capabilities.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
+    capabilities.set_defaults(run=_capabilities)
+
     inspect = verbs.add_parser(
         "inspect",
         help="show what a GGUF file holds",
@@ -407,6 +417,17 @@ def _verify(options: argparse.Namespace) -> int:
             print(table(reports))
         print("all gates hold" if holds else "a gate does not hold. Export the bundle again.")
     return 0 if holds else 1
+
+
+def _capabilities(options: argparse.Namespace) -> int:
+    from export.capabilities import add_catalogue
+
+    found = add_catalogue(options.catalogue, options.bundle)
+    print(
+        f"held-back requests, {found.first.n}: right at the first place {found.first}, within five {found.first_five}"
+    )
+    print(f"{options.bundle}: written and opened")
+    return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:

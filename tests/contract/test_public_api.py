@@ -36,6 +36,8 @@ def test_exports_are_exactly_these() -> None:
         "BackendError",
         "Bundle",
         "BundleError",
+        "Capabilities",
+        "Capability",
         "ChecksumError",
         "Decision",
         "EdgeError",
