@@ -18,6 +18,7 @@ def check_contents(wheel: str) -> None:
     assert tops == {"edge", "export"}, f"the wheel holds {tops}"
     bundle = {name.removeprefix("edge/default_bundle/") for name in names if name.startswith("edge/default_bundle/")}
     needed = {"bundle.json", "bundle.json.sha256", "agents.json", "goldens.json", "tokenizer.json"}
+    needed |= {"capabilities.json", "capabilities.npz"}
     assert needed < bundle, f"the default bundle holds {bundle}"
     assert any(name.endswith(".onnx") for name in bundle), "the default bundle has no model"
     assert not [name for name in names if "test" in name.split("/")[0]], "the wheel holds tests"
@@ -40,6 +41,7 @@ if __name__ == "__main__":
     from edge.cli import main
 
     assert main(["route", "--json", "Fix the null pointer in the login handler"]) == 0
+    assert main(["capabilities", "review this pull request"]) == 0
     assert main(["doctor"]) == 0
     import edge
 

@@ -436,6 +436,7 @@ def _inspect(options: argparse.Namespace) -> int:
         "agents": [agent.name for agent in bundle.agents],
         "head": _head(bundle),
         "goldens": len(bundle.goldens()),
+        "capabilities": sum(len(ids) for ids, _ in bundle.capabilities()),
         "tools": bundle.tools,
     }
     try:
@@ -457,6 +458,8 @@ def _inspect(options: argparse.Namespace) -> int:
     print(f"  agents     {len(bundle.agents)}: {', '.join(agent.name for agent in bundle.agents)}")
     print(f"  head       {summary['head']}")
     print(f"  goldens    {len(bundle.goldens())}")
+    if bundle.catalogue is not None:
+        print(f"  catalogue  {summary['capabilities']} capabilities")
     for variant in bundle.variants:
         default = ", default" if variant.id == bundle.default_variant else ""
         print(f"  variant    {variant.id} ({variant.runtime}{default}): {variant.precision}")

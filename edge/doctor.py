@@ -64,13 +64,29 @@ def examine(path: str | Path | None = None) -> Iterator[Check]:
             bundle.locate(file)
         except EdgeError as error:
             yield Check(f"file {file.file}", False, str(error))
+    sound = True
     for variant in bundle.variants:
         if variant.runtime == "onnx" or (variant.runtime == "coreml" and available()):
-            yield from _examine_variant(bundle, variant)
+            for check in _examine_variant(bundle, variant):
+                sound = sound and check.ok
+                yield check
         else:
             yield _examine_files(bundle, variant)
             needed = variant.id == bundle.default_variant
             yield Check(f"{variant.id}: skipped", not needed, f"runtime {variant.runtime} does not run here")
+    if bundle.catalogue is not None and sound:
+        yield _examine_catalogue(bundle)
+
+
+def _examine_catalogue(bundle: Bundle) -> Check:
+    from edge.capabilities import Capabilities
+
+    try:
+        catalogue = Capabilities.load(bundle)
+        (best,) = catalogue.search(_TASK, k=1)
+    except EdgeError as error:
+        return Check("capabilities", False, str(error))
+    return Check("capabilities", True, f"{len(catalogue)} load, and a request is answered: {best.id}")
 
 
 def _examine_files(bundle: Bundle, variant: Variant) -> Check:

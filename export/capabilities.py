@@ -33,6 +33,7 @@ SCORER = "capabilities.npz"
 _MOST = 2**16  # entries that the scorer's places can name
 _FOLDS = 5
 _SHRINK = 0.3  # of the mean variance, added to each: fewer texts than would fill the covariance
+_TINY = 1e-9  # added to each variance, for a catalogue of equal texts
 _NAME_WEIGHT = 3  # of an entry's name among its words, to one of a description or request
 _K1, _B = 1.2, 0.75  # of BM25; its usual values
 
@@ -130,6 +131,8 @@ def fit_scorer(rows: Sequence[Described], encoder: Encoder) -> tuple[Scorer, Fou
     for fold in range(_FOLDS):
         kept = [row._replace(requests=_other_than(row.requests, fold)) for row in rows]
         held = [(i, text) for i, row in enumerate(rows) for text in row.requests[fold::_FOLDS]]
+        if not held:  # no entry has so many requests
+            continue
         vectors = np.stack([vector_of[text] for _, text in held])
         dense, bias = _discriminants(kept, vector_of)
         index = Scorer(np.zeros_like(dense), np.zeros_like(bias), *postings(kept))
@@ -138,7 +141,7 @@ def fit_scorer(rows: Sequence[Described], encoder: Encoder) -> tuple[Scorer, Fou
         label += [i for i, _ in held]
     parts = np.stack([np.concatenate(meaning), np.concatenate(words)], axis=-1)
     right = np.array(label)
-    spread = parts.std(axis=(0, 1))  # Newton's steps are for features of about this size
+    spread = parts.std(axis=(0, 1)) + _TINY  # Newton's steps are for features of about this size
     weights = (fit(parts / spread, right, [0, 1]) / spread).astype(np.float32)
     dense, bias = _discriminants(rows, vector_of)
     starts, places, impacts = postings(rows)
@@ -200,7 +203,7 @@ def _discriminants(
         residuals.append(own - means[-1])
     mean, residual = np.stack(means), np.concatenate(residuals)
     covariance = residual.T @ residual / len(residual)
-    covariance += _SHRINK * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    covariance += (_SHRINK * np.trace(covariance) / len(covariance) + _TINY) * np.eye(len(covariance))
     dense = np.linalg.solve(covariance, mean.T).T
     bias = -0.5 * np.einsum("nd,nd->n", mean, dense)
     return dense.astype(np.float32), bias.astype(np.float32)

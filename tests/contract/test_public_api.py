@@ -110,7 +110,11 @@ def text_of(part: ast.expr) -> str:
     if isinstance(part, ast.Constant):
         return str(part.value)
     value = part.value if isinstance(part, ast.FormattedValue) else part
-    return "Copy it again." if isinstance(value, ast.Name) and value.id in ("_COPY_AGAIN", "_AGAIN") else "x"
+    return (
+        "Copy it again."
+        if isinstance(value, ast.Name) and value.id in ("_COPY_AGAIN", "_AGAIN", "_EXPORT_AGAIN")
+        else "x"
+    )
 
 
 def test_every_message_ends_with_what_to_do() -> None:

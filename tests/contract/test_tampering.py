@@ -17,7 +17,8 @@ from edge.bundle import MANIFEST, MANIFEST_DIGEST, manifest_digest
 from edge.cli import main
 from tests.conftest import MINI
 
-FILES = sorted(path.name for path in (MINI / "bundle").iterdir())
+# What routing reads; tests/unit/test_capabilities.py damages the rest.
+FILES = sorted(path.name for path in (MINI / "bundle").iterdir() if not path.name.startswith("capabilities."))
 
 
 @pytest.fixture
