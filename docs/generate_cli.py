@@ -32,6 +32,9 @@ Standard output carries results only; messages and progress go to standard error
 | `ranking` | all agents, most probable first: `id`, `score` (probability), `cosine` (`null` for `keyword`) |
 | `truncated` | the task was too long and only its beginning was looked at |
 | `ms` | time for this task, loading not included |
+
+`ruvltra capabilities --json` and `ruvltra memory search --json` do so with `query`, `hits` (best first, each with `id`,
+`score` and what it says) and `ms`.
 """
 
 

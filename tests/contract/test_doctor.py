@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+import edge.trees
 from edge.bundle import MANIFEST, MANIFEST_DIGEST, manifest_digest
-from edge.doctor import TESTED, examine, examine_device
+from edge.doctor import TESTED, Check, examine, examine_device
 from tests.conftest import MINI, ROOT
 
 
@@ -49,12 +52,25 @@ def test_the_device_is_examined(copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(check.ok for check in checks.values())
     assert {"device", "onnxruntime", "versions", "placement", "time, cold", "time, warm", "memory"} <= checks.keys()
     assert "operations on CPUExecutionProvider" in checks["placement"].detail
+    assert re.fullmatch(r"Annoy finds (9[5-9]|100)\.\d% of the nearest of 600 vectors .*", checks["index"].detail)
     stated = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
     assert sorted(stated) == sorted(f"{name}>={low},<{high}" for name, (low, high) in TESTED.items())
     assert checks["versions"].detail.startswith("tested: ")
     monkeypatch.setitem(TESTED, "numpy", ("1.0", "1.1"))
     checks = {check.name: check for check in examine_device(copy)}
     assert checks["versions"].detail.startswith("not tested with numpy ")
+
+
+def test_an_annoy_that_is_broken_or_missing_is_said(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def index() -> Check:
+        return next(check for check in examine_device(copy) if check.name == "index")
+
+    monkeypatch.setattr(edge.trees, "fault", lambda *_: "its distances are wrong")
+    assert not index().ok
+    assert "its distances are wrong. Compile it here" in index().detail
+    monkeypatch.setitem(sys.modules, "annoy", None)
+    assert index().ok
+    assert "ruvltra-edge[annoy]" in index().detail
 
 
 def test_two_packages_of_onnxruntime_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
