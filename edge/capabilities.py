@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from edge.bundle import Bundle
 from edge.encoder import Encoder, clean
 from edge.errors import BundleError, InputError, ManifestError
+from edge.index import whole
 
 BUCKETS = 2**16  # of terms, by their hash; a catalogue has some 15,000 terms
 PIECE = 4  # letters
@@ -131,8 +132,9 @@ class Capabilities:
         Raises:
             InputError: k is below 1, or there is no such ecosystem.
         """
-        if k < 1:
-            raise InputError(f"k is {k}. Give a whole number from 1.")
+        k = whole(k, "k")
+        if not isinstance(request, str):
+            raise InputError(f"a request must be a text, not {type(request).__name__}. Search for one at a time.")
         if ecosystem is not None and ecosystem not in self.ecosystems:
             raise InputError(f"there is no ecosystem {ecosystem!r}. Choose one of: {', '.join(self.ecosystems)}.")
         if not request.strip():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,9 +18,9 @@ import numpy as np
 from edge.cli_options import texts
 from edge.encoder import Encoder
 from edge.errors import InputError
-from edge.index import BACKENDS, RECALL, Index
+from edge.index import BACKENDS, RECALL, Index, check_recall
 from edge.memory import MODES, NAMESPACE, Match, MemoryStore, Record
-from edge.notes import is_markdown, json_lines, lines, read
+from edge.notes import is_markdown, json_lines, lines, notes, read, within
 from edge.trees import TREES
 
 T = TypeVar("T")
@@ -51,14 +52,15 @@ def fill_memory(parser: argparse.ArgumentParser) -> None:
 
     bring = verbs.add_parser(
         "import",
-        parents=[store, space, as_json],
+        parents=[store, as_json],
         help="remember what is in files",
         description="Remember Markdown notes (a file or a folder: a record a passage), JSON lines, or texts, one a "
-        "line. Importing a changed file of notes again replaces its passages.",
+        "line. Importing notes again replaces the passages that have changed and removes those that are gone.",
     )
     bring.add_argument(
         "--format", choices=("auto", "jsonl", "lines"), default="auto", help="of standard input and files"
     )
+    bring.add_argument("--namespace", metavar="NAME", help="part of the store (default: the row's own, or default)")
     bring.add_argument("--replace", action="store_true", help="replace other texts of the same ids")
     bring.add_argument("sources", nargs="+", metavar="SOURCE", help="a file or folder; '-' is standard input")
     bring.set_defaults(run=_import)
@@ -82,16 +84,17 @@ def fill_memory(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="CONDITION",
-        help="on metadata: KEY=VALUE, KEY>=N, KEY<=N, KEY>N, KEY<N, KEY~TEXT (contains); several must all hold, "
-        "several of KEY=VALUE for one key are alternatives",
+        help="on metadata: KEY=VALUE, KEY>=N, KEY<=N, KEY>N, KEY<N, KEY~TEXT (contains), KEY=null (missing); several "
+        "must all hold, several of KEY=VALUE for one key are alternatives",
     )
     search.add_argument("--min-score", type=float, metavar="S", help="leave out what scores less")
     search.add_argument("--diversity", type=float, default=0.0, metavar="D", help="0 to 1: avoid what is alike")
     search.add_argument("text", nargs="+", metavar="TEXT", help="what to look for; '-' reads texts from standard input")
     search.set_defaults(run=_search)
 
-    delete = verbs.add_parser("delete", parents=[store, space], help="forget records")
-    delete.add_argument("ids", nargs="+", metavar="ID")
+    delete = verbs.add_parser("delete", parents=[store, space], help="forget records, by id or by metadata")
+    delete.add_argument("--where", type=_where, action="append", default=[], metavar="CONDITION", help="as for search")
+    delete.add_argument("ids", nargs="*", metavar="ID")
     delete.set_defaults(run=_delete)
 
     compact = verbs.add_parser("compact", parents=[store], help="build the index of all records anew")
@@ -176,48 +179,103 @@ def _add(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    done = removed = 0
+    done = same = removed = 0
+    shown = sys.stderr.isatty()
+    began = time.monotonic()
+
+    def tell() -> None:
+        if shown:
+            rate = (done + same) / (time.monotonic() - began)
+            print(f"\r\033[K{done + same} records, {rate:.0f} a second", end="", file=sys.stderr, flush=True)
+
+    for source in options.sources:
+        if source != "-" and not os.path.exists(source):  # noqa: PTH110 (never raises); before anything is written
+            raise InputError(f"{source}: no such file or folder. Check the path.")
     with _open(options) as store:
-        shown = sys.stderr.isatty()
-        began = time.monotonic()
-        for source in options.sources:
-            are_notes = options.format == "auto" and is_markdown(Path(source))
-            passages: dict[str, set[str]] = {}  # of each note
-            for batch in _batches(_source(source, options.format)):
-                records = [{"namespace": options.namespace} | record for record in batch]
-                # A passage of a note is replaced by what now stands in its place.
-                names = store.add_many(records, replace=options.replace or are_notes)
-                done += len(names)
-                if are_notes:
-                    for record, name in zip(records, names, strict=True):
-                        passages.setdefault(record["metadata"]["source"], set()).add(name)
-                if shown:
-                    rate = done / (time.monotonic() - began)
-                    print(f"\r\033[K{done} records, {rate:.0f} a second", end="", file=sys.stderr, flush=True)
-            for note, kept in passages.items():
-                removed += store.delete_where({"source": note}, namespace=options.namespace, keep=kept)
+        try:
+            for source in options.sources:
+                if source != "-" and options.format == "auto" and is_markdown(Path(source)):
+                    space = options.namespace or NAMESPACE
+                    seen = set()
+                    for note, passages in notes(Path(source)):
+                        seen.add(note)
+                        changed = [passage for passage in passages if not _is_there(store, passage, space)]
+                        store.add_many([{"namespace": space} | passage for passage in changed], replace=True)
+                        removed += _remove_passages(store, space, note, {passage["id"] for passage in passages})
+                        done, same = done + len(changed), same + len(passages) - len(changed)
+                        tell()
+                    if Path(source).is_dir():
+                        removed += _remove_notes(store, space, within(Path(source)), seen)
+                    continue
+                for batch in _batches(_source(source, options.format)):
+                    records = [
+                        record if options.namespace is None else record | {"namespace": options.namespace}
+                        for _, record in batch
+                    ]
+                    try:
+                        store.add_many(records, replace=options.replace)
+                    except InputError as error:
+                        first, last = batch[0][0], batch[-1][0]
+                        raise InputError(f"in the batch from {first} to {last}: {error}") from None
+                    done += len(batch)
+                    tell()
+        except (InputError, KeyboardInterrupt):
+            if shown:
+                print(file=sys.stderr)
+            print(f"ruvltra: stopped; {done} records were imported before, and stay", file=sys.stderr)
+            raise
         if shown:
             print(file=sys.stderr)
     if options.json:
-        print(json.dumps({"imported": done, "removed": removed}))
+        print(json.dumps({"imported": done, "unchanged": same, "removed": removed}))
     else:
-        print(f"{done} records imported" + (f", {removed} that their notes no longer have removed" if removed else ""))
+        more = [f"{same} unchanged"] if same else []
+        more += [f"{removed} that their notes no longer have removed"] if removed else []
+        print(", ".join([f"{done} records imported", *more]))
     return 0
 
 
-def _source(source: str, kind: str) -> Iterator[dict[str, Any]]:
+def _is_there(store: MemoryStore, passage: dict[str, Any], namespace: str) -> bool:
+    record = store.get(passage["id"], namespace=namespace)
+    return record is not None and (record.text, record.metadata) == (passage["text"], passage["metadata"])
+
+
+def _remove_passages(store: MemoryStore, namespace: str, note: str, kept: set[str]) -> int:
+    """Those of a note that it no longer has; what only names it as its source is somebody else's."""
+    others = {record.id for record, _ in store.records(namespace=namespace, where={"source": note})}
+    others = {name for name in others if not name.startswith(f"{note}#")}
+    return store.delete_where({"source": note}, namespace=namespace, keep=kept | others)
+
+
+def _remove_notes(store: MemoryStore, namespace: str, folder: str, seen: set[str]) -> int:
+    """The passages of a folder's notes that are no more."""
+    gone = {
+        source
+        for record, _ in store.records(namespace=namespace, where={"heading": {"gte": ""}})
+        if isinstance(source := record.metadata.get("source"), str)
+        and source.startswith(folder)
+        and source not in seen
+        and record.id.startswith(f"{source}#")
+    }
+    return sum(_remove_passages(store, namespace, source, set()) for source in gone)
+
+
+def _source(source: str, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if source != "-" and kind == "auto":
         return read(Path(source))
     rows = texts([source]) if source == "-" else _lines(Path(source))
-    if kind == "jsonl":
-        return json_lines(rows, "standard input" if source == "-" else source)
-    return lines(rows)
+    where = "standard input" if source == "-" else source
+    return json_lines(rows, where) if kind == "jsonl" else lines(rows, where)
 
 
 def _lines(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8-sig") as stream:
             yield from (row.rstrip("\n") for row in stream)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Check the path.") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder. Give a file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error}). Check the file.") from None
 
@@ -236,6 +294,7 @@ def _search(options: argparse.Namespace) -> int:
     with _open(options, create=False) as store:
         if options.mode != "text":
             _ = store.encoder  # loaded before the time is taken
+        several = len(options.text) > 1 or options.text == ["-"]
         for text in texts(options.text):
             began = time.perf_counter()
             matches = store.search(
@@ -252,11 +311,14 @@ def _search(options: argparse.Namespace) -> int:
                 hits = [_match(match) for match in matches]
                 print(json.dumps({"query": text, "hits": hits, "ms": round(took, 3)}, ensure_ascii=False), flush=True)
             else:
+                if several:
+                    print(f"> {text}")
                 for match in matches:
                     said = " ".join(match.record.text.split())
-                    print(f"{match.score:.2f}  {match.record.id[:40]:<12}  {said[:100]}", flush=True)
+                    place = f"{match.record.namespace}/" if options.namespace == "*" else ""
+                    print(f"{match.score:.2f}  {place}{match.record.id:<12}  {said[:100]}", flush=True)
                 if not matches:
-                    print("nothing fits", file=sys.stderr)
+                    print("nothing fits", file=sys.stdout if several else sys.stderr, flush=True)
     return 0
 
 
@@ -266,21 +328,23 @@ def _match(match: Match) -> dict[str, Any]:
 
 
 def _delete(options: argparse.Namespace) -> int:
-    missing = []
+    if bool(options.ids) == bool(options.where):
+        raise InputError("delete takes ids, or --where. Give one of the two.")
     with _open(options, create=False) as store:
-        for name in options.ids:
-            if not store.delete(name, namespace=options.namespace):
-                missing.append(name)
+        if options.where:
+            print(f"{store.delete_where(_conditions(options.where), namespace=options.namespace)} records deleted")
+            return 0
+        missing = [name for name in options.ids if not store.delete(name, namespace=options.namespace)]
     if missing:
-        raise InputError(
-            f"there is no record {', '.join(map(repr, missing))} in {options.namespace!r}. The others are deleted."
-        )
+        others = " The others are deleted." if len(missing) < len(options.ids) else " Look with: search"
+        raise InputError(f"there is no record {', '.join(map(repr, missing))} in {options.namespace!r}.{others}")
     return 0
 
 
 def _compact(options: argparse.Namespace) -> int:
     with _open(options, create=False) as store:
-        store.compact(_bar("neighbours"))
+        if not store.compact(_bar("neighbours")):
+            raise InputError("another process is compacting this store. Wait for it.")
         print(_summary(store.stats()))
     return 0
 
@@ -295,13 +359,14 @@ def _stats(options: argparse.Namespace) -> int:
 def _summary(stats: dict[str, Any]) -> str:
     segment = stats["segment"]
     if segment is None:
-        searched = "all exactly; no index was built yet"
+        searched = "all exactly; no index, or none that can be used"
     else:
         how = "exactly"
         if segment["backend"] == "annoy":
             tuning = segment["tuning"]
             how = f"by {segment['trees']} trees of Annoy, recall {tuning['recall']:.3f} of the nearest {tuning['k']}"
-        searched = f"{segment['count']} {how}, {stats['since_compacted']} since then exactly"
+        searched = f"{segment['count']} {how}"
+        searched += f", {stats['since_compacted']} that came since then exactly" if stats["since_compacted"] else ""
     rows = [
         ("records", f"{stats['records']}" + (f", and {stats['expired']} expired" if stats["expired"] else "")),
         ("namespaces", ", ".join(f"{name}: {count}" for name, count in stats["namespaces"].items()) or "none"),
@@ -316,8 +381,12 @@ def _summary(stats: dict[str, Any]) -> str:
 def _export(options: argparse.Namespace) -> int:
     with _open(options, create=False) as store:
         now = time.time()
+        made_by = store.stats()["encoder"]
         for record, vector in store.records(namespace=options.namespace):
-            print(json.dumps(_exported(record, vector if options.vectors else None, now), ensure_ascii=False))
+            row = _exported(record, vector if options.vectors else None, now)
+            if options.vectors and made_by is not None:
+                row["encoder"] = made_by
+            print(json.dumps(row, ensure_ascii=False))
     return 0
 
 
@@ -338,18 +407,20 @@ def _exported(record: Record, vector: Any, now: float) -> dict[str, Any]:
 
 
 def _index_build(options: argparse.Namespace) -> int:
+    check_recall(options.recall)
     encoder = None
     if options.source.endswith(".npy"):
         vectors = _array(Path(options.source))
         if options.ids is not None:
-            names = [row for row in _lines(options.ids) if row]
+            names = list(_lines(options.ids))
         else:
             names = [str(row) for row in range(len(vectors) if vectors.ndim else 0)]
     else:
         if options.ids is not None:
             raise InputError("--ids names the rows of an .npy file. Leave it out, or put ids into the JSON lines.")
-        rows = list(_source(options.source, "jsonl" if options.source.endswith((".jsonl", ".ndjson")) else "lines"))
-        names = [str(row.get("id") or row.get("text") or "") for row in rows]
+        kind = "jsonl" if options.source.endswith((".jsonl", ".ndjson")) else "lines"
+        rows = [row for _, row in _source(options.source, kind)]
+        names = [str(row.get("text", "") if row.get("id") is None else row["id"]) for row in rows]
         if rows and all("vector" in row for row in rows):
             vectors = [row["vector"] for row in rows]
         elif all(isinstance(row.get("text"), str) for row in rows):
@@ -362,7 +433,7 @@ def _index_build(options: argparse.Namespace) -> int:
                 names, vectors = list(kept), vectors[list(kept.values())]
         else:
             raise InputError(
-                f"{options.source}: some rows have neither a text nor a vector. Give each the same of both."
+                f"{options.source}: not all rows have a vector, nor have all a text. Give all of them the same of both."
             )
     index = Index.build(
         names,
@@ -373,8 +444,8 @@ def _index_build(options: argparse.Namespace) -> int:
         encoder=encoder,
         progress=_bar("neighbours"),
     )
-    if options.recall != RECALL and index.trees is not None:
-        index.tune(options.recall)
+    if options.recall != RECALL and index.trees is not None and index.tune(options.recall).effort is None:
+        print(f"ruvltra: no effort finds {options.recall:g} of the nearest; all are compared", file=sys.stderr)
     index.save(options.folder)
     return _describe(index, options)
 
@@ -382,10 +453,15 @@ def _index_build(options: argparse.Namespace) -> int:
 def _index_search(options: argparse.Namespace) -> int:
     if len(options.text) == 1 and options.text[0].endswith(".npy"):
         index = Index.open(options.folder)
-        queries: Iterator[tuple[Any, Any]] = enumerate(np.atleast_2d(_array(Path(options.text[0]))))
+        rows = np.atleast_2d(_array(Path(options.text[0])))
+        if rows.ndim != 2:
+            raise InputError(f"{options.text[0]}: has shape {rows.shape}. Give a matrix of one vector a row.")
+        queries: Iterator[tuple[Any, Any]] = enumerate(rows)
+        several = len(rows) > 1
     else:
         encoder = Encoder.load(options.bundle)
         index = Index.open(options.folder, encoder=encoder.id)
+        several = len(options.text) > 1 or options.text == ["-"]
         queries = ((text, encoder.encode([text])[0]) for text in texts(options.text))
     for name, vector in queries:
         began = time.perf_counter()
@@ -395,8 +471,12 @@ def _index_search(options: argparse.Namespace) -> int:
             found = [hit._asdict() for hit in hits]
             print(json.dumps({"query": name, "hits": found, "ms": round(took, 3)}, ensure_ascii=False), flush=True)
         else:
+            if several:
+                print(f"> {name}")
             for hit in hits:
                 print(f"{hit.score:.4f}  {hit.id}", flush=True)
+            if not hits:
+                print("nothing in this index", file=sys.stdout if several else sys.stderr, flush=True)
     return 0
 
 
@@ -432,8 +512,10 @@ def _open(options: argparse.Namespace, create: bool = True) -> MemoryStore:
 def _array(path: Path) -> Any:
     try:
         return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read as a numpy array ({error}). Check the file.") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Check the path.") from None
+    except (OSError, ValueError, EOFError):
+        raise InputError(f"{path}: is no array of numbers as np.save writes it. Check the file.") from None
 
 
 def _batches(items: Iterable[T]) -> Iterator[list[T]]:
@@ -472,26 +554,27 @@ def _metadata(text: str) -> dict[str, Any]:
 def _where(text: str) -> tuple[str, str, Any]:
     for sign in (">=", "<=", "=", ">", "<", "~"):
         key, found, value = text.partition(sign)
-        if found and key and not set(key) & set("<>=~"):
+        key, value = key.strip(), value.strip()
+        if found and key and value and not set(key) & set("<>=~!") and value[0] not in "<>=~":
             if sign == "~":
                 return key, sign, value
             try:
-                return key, sign, json.loads(value)
+                meant = json.loads(value)
             except (ValueError, RecursionError):
                 return key, sign, value
+            number = isinstance(meant, (int, float)) and not isinstance(meant, bool)
+            return key, sign, [meant, value] if number and sign == "=" else meant  # 1.0 may be a version, a text
     raise argparse.ArgumentTypeError("must be KEY=VALUE, KEY>=N, KEY<=N, KEY>N, KEY<N or KEY~TEXT")
 
 
-def _conditions(given: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
+def _conditions(given: Sequence[tuple[str, str, Any]]) -> list[dict[str, Any]]:
     names = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt", "~": "contains"}
-    where: dict[str, Any] = {}
+    alternatives: dict[str, list[Any]] = {}
+    where: list[dict[str, Any]] = []
     for key, sign, value in given:
-        if sign == "=":
-            if not isinstance(where.setdefault(key, []), list):
-                raise InputError(f"--where: {key!r} cannot both equal something and be compared. Use one of the two.")
-            where[key] += value if isinstance(value, list) else [value]
-        else:
-            if not isinstance(where.setdefault(key, {}), dict):
-                raise InputError(f"--where: {key!r} cannot both equal something and be compared. Use one of the two.")
-            where[key][names[sign]] = value
-    return where
+        if sign != "=":
+            where.append({key: {names[sign]: value}})
+            continue
+        wanted = alternatives.setdefault(key, [])
+        wanted += value if isinstance(value, list) else [value]
+    return where + [{key: wanted} for key, wanted in alternatives.items()]

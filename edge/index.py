@@ -6,10 +6,13 @@ A folder of files that are mapped, not read, so that opening takes milliseconds 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
+import operator
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +37,10 @@ _EFFORTS = (50, 100, 200, 400, 800, 1600, 3200, 6400, 12800, 25600)
 _HELD_BACK = 200  # vectors that tuning searches for
 _SEARCHED = 0.5  # share of all vectors that trees may look at; beyond it exact search is no slower
 _SCORES = 16_000_000  # cosines held at a time
+_LOCK = ".lock"
+_WAIT = 60.0  # seconds for another save into the same folder
+_LONG = 1e18  # values whose squares float32 still has
+_TIE = 1e-6  # cosines that are this close may change places by rounding
 _AGAIN = "Build the index again, or copy it again from where it came from."
 _FILES = {
     "vectors": ".npy",
@@ -170,7 +177,7 @@ class Index:
         """
         if backend not in BACKENDS:
             raise InputError(f"there is no back end {backend!r}. Choose one of: {', '.join(BACKENDS)}.")
-        if not 1 <= trees <= 1000 or not 0 <= seed < 2**31:
+        if whole(trees, "trees") > 1000 or not isinstance(seed, int) or not 0 <= seed < 2**31:
             raise InputError(f"trees is {trees} and seed {seed}. Give 1 to 1000 trees, and a seed from 0 to 2^31 - 1.")
         names = _pack(ids)
         rows = _unit(vectors, "vectors")
@@ -240,14 +247,9 @@ class Index:
         Raises:
             InputError: As for :meth:`search`.
         """
-        if k < 1 or (effort is not None and effort < 1):
-            raise InputError(f"k is {k} and effort {effort}. Give whole numbers from 1.")
-        matrix = np.atleast_2d(_unit(queries, "the query"))
-        if matrix.shape[1] != self.dim:
-            raise InputError(
-                f"the query has {matrix.shape[1]} values, the index {self.dim}. Embed it by the encoder that made the "
-                "index."
-            )
+        k = whole(k, "k")
+        effort = None if effort is None else whole(effort, "effort")
+        matrix = self._queries(queries)
         k = min(k, len(self))
         if not k:
             return np.empty((len(matrix), 0), dtype=np.int64), np.empty((len(matrix), 0), dtype=np.float32)
@@ -279,16 +281,15 @@ class Index:
         """
         if self.trees is None:
             raise InputError("there is nothing to tune: all vectors are searched exactly. Build with backend='annoy'.")
-        if not 0 < recall <= 1 or not 1 <= k < len(self):
-            raise InputError(
-                f"recall is {recall} and k {k}. Give a recall above 0 and up to 1, and a k below {len(self)}."
-            )
+        check_recall(recall)
+        if whole(k, "k") >= len(self):
+            raise InputError(f"k is {k}, and there are {len(self)} vectors. Give a smaller k.")
         own: list[int | None] = [None]
         if queries is None:
             held_back = np.unique(np.linspace(0, len(self) - 1, _HELD_BACK).astype(int))
             wanted, own = self.vectors[held_back], held_back.tolist()
         else:
-            wanted = np.atleast_2d(_unit(queries, "a query"))
+            wanted = self._queries(queries)
             own *= len(wanted)
         # Equal vectors stand for each other, so that cosines are compared: with the least of the k best.
         least = [
@@ -308,6 +309,15 @@ class Index:
         self.tuning = Tuning(None, 1.0, recall, k, len(wanted))
         return self.tuning
 
+    def _queries(self, queries: ArrayLike) -> NDArray[np.float32]:
+        matrix = np.atleast_2d(_unit(queries, "the query"))
+        if matrix.shape[1] != self.dim:
+            raise InputError(
+                f"the query has {matrix.shape[1]} values, the index {self.dim}. Embed it by the encoder that made the "
+                "index."
+            )
+        return matrix
+
     def _exact(self, matrix: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         rows = np.empty((len(matrix), k), dtype=np.int64)
         cosines = np.empty((len(matrix), k), dtype=np.float32)
@@ -315,9 +325,7 @@ class Index:
         for start in range(0, len(matrix), block):
             part = matrix[start : start + block]
             for i, scores in enumerate(part @ self.vectors.T if len(part) > 1 else [self.vectors @ part[0]], start):
-                # A few more than k, since they are ranked by cosines that are computed one way for all back ends.
-                first = max(0, len(self) - k - 8)
-                near = np.sort(np.argpartition(scores, first)[first:])
+                near = np.flatnonzero(_among_best(scores, k))
                 rows[i], cosines[i] = self._rank(near, matrix[i], k)
         return rows, cosines
 
@@ -326,8 +334,7 @@ class Index:
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The k best of some rows in ascending order, with their cosines; ties go to the lower row."""
         if len(rows) > 2 * k + 16:  # by BLAS, which rounds by the number of rows, to those few that count
-            rough = self.vectors.take(rows, axis=0) @ query
-            rows = rows[np.sort(np.argpartition(rough, len(rows) - k - 8)[len(rows) - k - 8 :])]
+            rows = rows[_among_best(self.vectors.take(rows, axis=0) @ query, k)]
         cosines = np.einsum("ij,j->i", self.vectors.take(rows, axis=0), query)
         order = np.argsort(-cosines, kind="stable")[:k]
         return rows[order], cosines[order]
@@ -346,14 +353,17 @@ class Index:
         if folder.is_dir() and not (folder / MANIFEST).exists() and any(not _ours(path) for path in folder.iterdir()):
             raise InputError(f"{folder}: holds other files. Choose a new or empty folder for the index.")
         try:
-            self._write(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            with exclusive(folder / _LOCK, _WAIT) as free:
+                if not free:
+                    raise InputError(f"{folder}: somebody else has been saving for {_WAIT:g} seconds. Try again later.")
+                self._write(folder)
         except OSError as error:
             raise InputError(
                 f"{folder}: the index cannot be written ({error}). Make room or choose another folder."
             ) from None
 
     def _write(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".partial-{os.getpid()}"
         files: dict[str, dict[str, Any]] = {}
         try:
@@ -388,7 +398,7 @@ class Index:
             partial.unlink(missing_ok=True)
         kept = {entry["file"] for entry in files.values()}
         for path in folder.iterdir():
-            if _ours(path) and path.name not in kept:
+            if _ours(path) and path.name not in kept and not path.name.startswith(_LOCK):
                 try:
                     path.unlink()
                 except OSError:  # open elsewhere, on Windows; the next save tries again
@@ -409,14 +419,8 @@ class Index:
             "ends": array(self.ids.ends),
         }
         if self.trees is not None:
-            annoy = self.trees.annoy
-
-            def save_annoy(path: Path) -> None:
-                if not annoy.save(str(path)):
-                    raise OSError("Annoy cannot write its file")
-
             writers |= {
-                "trees": save_annoy,
+                "trees": self.trees.save,
                 "projection": array(self.trees.projection),
                 "neighbours": array(self.trees.neighbours),
             }
@@ -504,6 +508,13 @@ class Index:
         }
 
 
+def _among_best(scores: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
+    """Which may be among the k best, once they are computed one way for all back ends; ties included."""
+    least = np.partition(scores, len(scores) - k)[len(scores) - k]
+    chosen: NDArray[np.bool_] = scores >= least - _TIE
+    return chosen
+
+
 class _Sidecar:
     """``index.json``, checked."""
 
@@ -562,10 +573,69 @@ class _Sidecar:
             raise ChecksumError(f"{path}: cannot be mapped ({error}). {_AGAIN}") from None
 
 
+def check_recall(recall: float) -> None:
+    """Raise InputError unless it is a share above 0."""
+    if not isinstance(recall, (int, float)) or not 0 < recall <= 1:
+        raise InputError(f"recall is {recall!r}. Give a number above 0 and up to 1.")
+
+
+def whole(value: object, what: str) -> int:
+    """A whole number from 1, of whatever type.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise InputError(f"{what} is {value!r}. Give a whole number from 1.")
+    return number
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, wait: float = 0.0) -> Iterator[bool]:
+    """A lock, over all processes and threads, that ends with its process, whatever ends it; whether it is free.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    import sqlite3  # whose locks work on every system
+
+    try:
+        lock = sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise OSError(f"the lock {path.name} cannot be made: {error}") from None
+    try:
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+            free = True
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise OSError(f"the lock {path.name} cannot be taken: {error}") from None
+            free = False
+        except sqlite3.DatabaseError as error:
+            raise OSError(f"{path.name} is no lock: {error}") from None
+        yield free
+    finally:
+        lock.close()
+
+
+def forget(folder: Path) -> None:
+    """Forget that an index was checked, which is no more."""
+    with contextlib.suppress(OSError):
+        _verdict(folder).unlink(missing_ok=True)
+
+
 def _ours(path: Path) -> bool:
     """Whether a file is one that an index writes."""
+    if path.name in (_LOCK, f"{_LOCK}-journal"):
+        return True
+    if re.fullmatch(r"\.partial-\d+", path.name):
+        return True
     name, _, rest = path.name.partition("-")
-    return (name in _FILES and rest.endswith(_FILES[name])) or name == ".partial"
+    return name in _FILES and re.fullmatch(r"[0-9a-f]{12}" + re.escape(_FILES[name]), rest) is not None
 
 
 def _digest(values: Mapping[str, Any]) -> str:
@@ -633,7 +703,8 @@ def _verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
             raise ChecksumError(f"{path}: cannot be read ({error}). {_AGAIN}") from None
         if digest != entry["sha256"]:
             raise ChecksumError(
-                f"{path}: has changed or was cut short ({size} bytes, {entry['bytes']} expected). {_AGAIN}"
+                f"{path}: has changed or was cut short (sha256 differs, {size} bytes, {entry['bytes']} expected). "
+                f"{_AGAIN}"
             )
     if "trees" not in files:
         _remember(folder, files)
@@ -683,7 +754,14 @@ def _repeated(names: Iterable[str]) -> Iterator[str]:
 def _unit(vectors: ArrayLike, what: str) -> NDArray[np.float32]:
     """Rows of unit length, float32, contiguous; a copy."""
     try:
-        rows = np.array(vectors, dtype=np.float32, order="C")
+        given = np.asarray(vectors)
+        if given.dtype.kind not in "fiub":
+            raise ValueError(given.dtype)
+        with np.errstate(over="ignore"):
+            rows = np.array(given, dtype=np.float32, order="C")
+            longest = np.abs(rows).max(initial=0.0)
+            if not longest < _LONG and np.isfinite(given).all():  # too long for float32, but not without direction
+                rows = np.array(given / np.abs(given).max(axis=-1, keepdims=True), dtype=np.float32, order="C")
     except (TypeError, ValueError):
         raise InputError(f"{what} must be numbers, in rows of one length. Pass what Encoder.encode returns.") from None
     if rows.ndim not in (1, 2) or not rows.shape[-1]:

@@ -20,7 +20,6 @@ import shutil
 import sqlite3
 import threading
 import time
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,8 +31,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from edge.encoder import Encoder, clean
 from edge.errors import EdgeError, EdgeWarning, InputError, StoreError, VersionError
-from edge.index import Index
-from edge.where import condition
+from edge.index import Index, exclusive, forget, whole
+from edge.where import Where, condition
 
 MODES = ("hybrid", "dense", "text")
 NAMESPACE = "default"
@@ -42,17 +41,22 @@ _SCHEMA = 1
 _APPLICATION = 0x52564D53  # "RVMS", SQLite's application_id
 _RECORDS = "memory.sqlite"
 _SEGMENTS = "segments"
+_OURS = (_RECORDS, _SEGMENTS)  # what the names of its files begin with
 _RANK = 60  # the constant of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009)
 _WORDY = 10_000  # records that a query's words may occur in, together; more common ones are not looked for
 _WAIT = 30.0  # seconds for another writer
+_LONGEST = 1e12  # seconds that a record may live, some 30,000 years
+_LONG = 1e18  # values of a vector whose squares float32 still has
+_DEEPEST = 100  # levels of metadata
 _FEW = 200  # records asked for by number at a time
-_FIELDS = ("text", "id", "metadata", "namespace", "ttl", "vector")
+_FIELDS = ("text", "id", "metadata", "namespace", "ttl", "vector", "encoder")
 _INSERT = "INSERT INTO documents (namespace, id, text, metadata, created, expires) VALUES (?, ?, ?, ?, ?, ?)"
 _INSERT_VECTOR = "INSERT INTO vectors SELECT seq, ? FROM documents WHERE namespace = ? AND id = ?"
 _LIVE = "(expires IS NULL OR expires > ?)"
 _COLUMNS = "seq, namespace, id, text, metadata, created, expires"
 
-_TABLES = """
+_TOKENIZER = "unicode61 remove_diacritics 2"
+_TABLES = f"""
 CREATE TABLE documents (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     namespace TEXT NOT NULL,
@@ -66,7 +70,7 @@ CREATE TABLE documents (
 CREATE TABLE vectors (seq INTEGER PRIMARY KEY, vector BLOB NOT NULL);
 CREATE INDEX documents_expires ON documents (expires) WHERE expires IS NOT NULL;
 CREATE VIRTUAL TABLE words USING fts5 (
-    text, content='documents', content_rowid='seq', tokenize='unicode61 remove_diacritics 2'
+    text, content='documents', content_rowid='seq', tokenize='{_TOKENIZER}'
 );
 CREATE VIRTUAL TABLE vocabulary USING fts5vocab ('words', 'row');
 CREATE TRIGGER documents_added AFTER INSERT ON documents BEGIN
@@ -153,7 +157,10 @@ class MemoryStore:
             VersionError: It was written by a newer version.
             InputError: The folder holds something else, or cannot be written.
         """
-        self.folder = Path(folder)
+        try:
+            self.folder = Path(folder).absolute()  # whatever the process makes its own folder later
+        except TypeError:
+            raise InputError(f"the folder is {folder!r}. Give a path.") from None
         self._encoder = encoder
         self._compact_at = compact_at
         self._lock = threading.RLock()
@@ -162,8 +169,13 @@ class MemoryStore:
         self._since = _Recent(0)
         self._bad: str | None = None  # a segment that cannot be used
         self._counted = (0, 0)
+        self._splitter = _Splitter()
         path = self.folder / _RECORDS
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be looked at ({error}). Check the permissions.") from None
+        if not there:
             self._begin(create)
         with self._guarded():
             self._records = _connect(path)
@@ -172,7 +184,9 @@ class MemoryStore:
     def _begin(self, create: bool) -> None:
         if not create:
             raise StoreError(f"{self.folder}: no memory store here. Add something to it first.")
-        if self.folder.is_dir() and any(item.name != _SEGMENTS for item in self.folder.iterdir()):
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder}: is a file. Choose a folder for the store.")
+        if self.folder.is_dir() and not all(item.name.startswith(_OURS) for item in self.folder.iterdir()):
             raise InputError(f"{self.folder}: holds other files. Choose a new or empty folder for the store.")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -180,8 +194,10 @@ class MemoryStore:
             raise InputError(f"{self.folder}: cannot be made ({error}). Choose another folder.") from None
 
     def _check(self) -> None:
-        application = self._value("PRAGMA application_id")
-        if not application and not self._value("SELECT count(*) FROM sqlite_master"):
+        with self._reading():
+            application = self._value("PRAGMA application_id")
+            empty = not self._value("SELECT count(*) FROM sqlite_master")
+        if not application and empty:
             with self._writing():
                 if not self._value("SELECT count(*) FROM sqlite_master"):  # nobody else has been quicker
                     for statement in re.split(r"(?<=;)\n(?=CREATE)", _TABLES.strip()):
@@ -197,13 +213,13 @@ class MemoryStore:
                 f"{self.folder}: written in format {version}, but this version reads {_SCHEMA}. Update ruvltra-edge."
             )
         if self._encoder is not None:
-            self._check_encoder(self._encoder)
+            self._check_encoder(self._encoder.id)
 
-    def _check_encoder(self, encoder: Encoder) -> None:
+    def _check_encoder(self, name: str) -> None:
         stated = self._setting("encoder")
-        if stated is not None and stated != encoder.id:
+        if stated is not None and stated != name:
             raise StoreError(
-                f"{self.folder}: its vectors are another encoder's ({stated[:12]}, not {encoder.id[:12]}). Open it "
+                f"{self.folder}: its vectors are another encoder's ({stated[:12]}, not {name[:12]}). Open it "
                 "with the bundle it was made with; or export it and import it into a new store."
             )
 
@@ -213,7 +229,7 @@ class MemoryStore:
         with self._lock:
             if self._encoder is None:
                 encoder = Encoder.load()
-                self._check_encoder(encoder)
+                self._check_encoder(encoder.id)
                 self._encoder = encoder
             return self._encoder
 
@@ -274,7 +290,8 @@ class MemoryStore:
         """Remember several texts in one transaction: all of them, or none.
 
         Args:
-            records: Mappings of the names of :meth:`add`'s arguments.
+            records: Mappings of the names of :meth:`add`'s arguments; beside a vector, ``encoder`` may say what made
+                it (:attr:`edge.Encoder.id`).
             replace: As for :meth:`add`.
 
         Returns:
@@ -283,6 +300,8 @@ class MemoryStore:
         Raises:
             InputError: As for :meth:`add`; nothing is added.
         """
+        if isinstance(records, (str, Mapping)) or not isinstance(records, Iterable):
+            raise InputError("add_many takes a collection of records. Put the record into a list, or call add.")
         drafts = [_draft(record, place) for place, record in enumerate(records, 1)]
         if not drafts:
             return []
@@ -290,7 +309,7 @@ class MemoryStore:
         now = time.time()
         with self._lock, self._guarded():
             with self._writing():
-                self._claim_encoder(vectors.shape[1])
+                self._claim_encoder(vectors.shape[1], {draft.encoder for draft in drafts if draft.encoder is not None})
                 for draft, vector in zip(drafts, vectors, strict=True):
                     self._put(draft, vector.tobytes(), now, replace)
             self._compact_soon()
@@ -304,17 +323,18 @@ class MemoryStore:
             raise InputError("the vectors have different numbers of values. Use one encoder for all.")
         return np.stack(rows).astype("<f4")
 
-    def _claim_encoder(self, dim: int) -> None:
-        """In a transaction: the first record says what the vectors are."""
+    def _claim_encoder(self, dim: int, made_by: Iterable[str] = ()) -> None:
+        """In a transaction: the first record says what the vectors are, and what made them."""
         if self._setting("dim") is None:
             self._records.execute("INSERT INTO store VALUES ('dim', ?)", (dim,))
         elif self._setting("dim") != dim:
             raise InputError(
                 f"a vector has {dim} values, the store {self._setting('dim')}. Use the encoder of its first record."
             )
-        if self._encoder is not None:
-            self._check_encoder(self._encoder)
-            self._records.execute("INSERT OR IGNORE INTO store VALUES ('encoder', ?)", (self._encoder.id,))
+        for made in ([] if self._encoder is None else [self._encoder.id], made_by):
+            for name in made:
+                self._check_encoder(name)
+                self._records.execute("INSERT OR IGNORE INTO store VALUES ('encoder', ?)", (name,))
 
     def _put(self, draft: _Draft, vector: bytes, now: float, replace: bool) -> None:
         expires = None if draft.ttl is None else now + draft.ttl
@@ -344,16 +364,21 @@ class MemoryStore:
         text: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         ttl: float | None = None,
+        vector: ArrayLike | None = None,
         namespace: str = NAMESPACE,
     ) -> None:
-        """Change a record; what is None stays as it is.
+        """Change a record; what is None stays as it is, but that another text is embedded anew.
 
         Raises:
             InputError: There is no such record, or an argument cannot be used.
         """
-        vector = None if text is None else self._vectors([_draft({"text": text}, 1)])[0].tobytes()
+        rows = None
+        if text is not None or vector is not None:
+            rows = self._vectors([_draft({"text": "-" if text is None else text, "vector": vector}, 1)])
         now = time.time()
         with self._lock, self._guarded(), self._writing():
+            if rows is not None:
+                self._claim_encoder(rows.shape[1])
             old = self._row(
                 f"SELECT {_COLUMNS}, vector FROM documents JOIN vectors USING (seq) "
                 f"WHERE namespace = ? AND id = ? AND {_LIVE}",
@@ -373,24 +398,36 @@ class MemoryStore:
             draft = _draft(kept, 1)
             expires = old[6] if ttl is None else now + ttl
             self._records.execute("DELETE FROM documents WHERE seq = ?", (old[0],))
-            self._insert(draft, old[7] if vector is None else vector, old[5], expires)
+            self._insert(draft, old[7] if rows is None else rows[0].tobytes(), old[5], expires)
+        with self._lock, self._guarded():
+            self._compact_soon()
 
     def delete(self, id: str, *, namespace: str = NAMESPACE) -> bool:
         """Forget a record; whether there was one."""
         with self._lock, self._guarded(), self._writing():
+            values = (_name(namespace, "namespace"), _name(id, "id"), time.time())
             return (
-                self._records.execute("DELETE FROM documents WHERE namespace = ? AND id = ?", (namespace, id)).rowcount
+                self._records.execute(
+                    f"DELETE FROM documents WHERE namespace = ? AND id = ? AND {_LIVE}", values
+                ).rowcount
                 > 0
             )
 
-    def delete_where(self, where: Mapping[str, Any], *, namespace: str = NAMESPACE, keep: Iterable[str] = ()) -> int:
-        """Forget the records whose metadata match, but for those of some ids; how many there were."""
-        matching, values = condition(where)
+    def delete_where(self, where: Where, *, namespace: str | None = NAMESPACE, keep: Iterable[str] = ()) -> int:
+        """Forget the records whose metadata match, but for those of some ids; how many there were.
+
+        Args:
+            where: As for :meth:`search`; with none (``{}``) all records match.
+            namespace: A part of the store; None for all.
+            keep: Ids that stay.
+
+        Raises:
+            InputError: A condition that cannot be.
+        """
+        matching, values = condition(where, None if namespace is None else _name(namespace, "namespace"))
         kept = set(keep)
         with self._lock, self._guarded(), self._writing():
-            rows = self._records.execute(
-                f"SELECT seq, id FROM documents d WHERE namespace = ?{matching}", (namespace, *values)
-            ).fetchall()
+            rows = self._records.execute(f"SELECT seq, id FROM documents d WHERE true{matching}", values).fetchall()
             gone = [(seq,) for seq, name in rows if name not in kept]
             self._records.executemany("DELETE FROM documents WHERE seq = ?", gone)
         return len(gone)
@@ -402,14 +439,14 @@ class MemoryStore:
         with self._lock, self._guarded():
             row = self._row(
                 f"SELECT {_COLUMNS} FROM documents WHERE namespace = ? AND id = ? AND {_LIVE}",
-                namespace,
-                id,
+                _name(namespace, "namespace"),
+                _name(id, "id"),
                 time.time(),
             )
         return None if row is None else _record(row)
 
     def records(
-        self, *, namespace: str | None = None, where: Mapping[str, Any] | None = None
+        self, *, namespace: str | None = None, where: Where | None = None
     ) -> Iterator[tuple[Record, NDArray[np.float32]]]:
         """All records as they are now, oldest first, each with its vector; of all namespaces, or of one."""
         matching, values = condition(where or {}, namespace)
@@ -433,7 +470,7 @@ class MemoryStore:
         k: int = 10,
         *,
         mode: str = "hybrid",
-        where: Mapping[str, Any] | None = None,
+        where: Where | None = None,
         namespace: str | None = NAMESPACE,
         min_score: float | None = None,
         diversity: float = 0.0,
@@ -446,10 +483,12 @@ class MemoryStore:
             mode: ``dense``: by cosine. ``text``: by BM25 of the words. ``hybrid``: by the sum of reciprocal ranks in
                 both.
             where: By name of metadata: a value; a list of values, any of which will do; ``{"gte": 3, "lt": 5}`` (also
-                ``gt``, ``lte``); or ``{"contains": "text"}``, whatever its case. All must hold. A list in the metadata
-                matches by any of its values; ``a.b`` is b within a.
+                ``gt``, ``lte``); ``{"contains": "text"}``, whatever its case; or None for what is missing. All must
+                hold, and of a list of such mappings all of them. A list in the metadata matches by any of its values;
+                ``a.b`` is b within a.
             namespace: A part of the store; None for all.
             min_score: Leave out what has a lower :attr:`Match.score`.
+            query: A blank one finds nothing.
             diversity: From 0 to 1: how much a record loses for being like those before it (maximal marginal relevance,
                 Carbonell and Goldstein, SIGIR 1998).
 
@@ -458,34 +497,45 @@ class MemoryStore:
         """
         if mode not in MODES:
             raise InputError(f"there is no mode {mode!r}. Choose one of: {', '.join(MODES)}.")
-        if k < 1 or not 0 <= diversity <= 1:
-            raise InputError(f"k is {k} and diversity {diversity}. Give a k from 1, and a diversity from 0 to 1.")
+        k = whole(k, "k")
+        for what, value, wanted_of in (("diversity", diversity, "from 0 to 1"), ("min_score", min_score, "")):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise InputError(f"{what} is {value!r}. Give a number{wanted_of and ' ' + wanted_of}.")
+        if not 0 <= diversity <= 1:
+            raise InputError(f"diversity is {diversity}. Give a number from 0 to 1.")
         if not isinstance(query, str) and mode != "dense":
             raise InputError(f"the mode {mode} needs a text to search for. Use mode='dense' for a vector.")
+        if isinstance(query, str):
+            query = clean(query)
+            if not query.strip():
+                return []
         vector = None
         if mode != "text":
             vector = self.encoder.encode([query])[0] if isinstance(query, str) else _unit(query)
-        matching, values = condition(where or {}, namespace)
+        matching, values = condition(where or {}, None if namespace is None else _name(namespace, "namespace"))
+        k = min(k, 10**6)
         wanted = k if mode != "hybrid" and not diversity else 4 * k + 20
         with self._lock, self._guarded(), self._reading():
-            search = _Search(self._records, matching, values, time.time(), self._count())
-            dense = [] if vector is None else self._dense(search, vector, wanted)
-            text = search.by_words(query, wanted) if isinstance(query, str) and mode != "dense" else []
-            fused: dict[int, float] = {}
-            for found in (dense, text):
-                for rank, seq in enumerate(found, 1):
-                    fused[seq] = fused.get(seq, 0.0) + 1 / (_RANK + rank)
-            order = sorted(fused, key=lambda seq: (-fused[seq], seq))
-            rows = search.rows(order)
-        vectors = {seq: np.frombuffer(rows[seq][7], dtype="<f4") for seq in order}
-        matches = {}
-        for seq in order:
-            cosine = None if vector is None else float(np.einsum("i,i->", vectors[seq], vector))
-            share = search.share(rows[seq][3]) if text or mode != "dense" else None
-            score = max(value for value in (cosine, share) if value is not None)
-            if min_score is None or score >= min_score:
-                matches[seq] = Match(_record(rows[seq]), score, cosine, share)
-        order = [seq for seq in order if seq in matches]
+            if isinstance(query, str) and mode != "text" and self._encoder is not None:
+                self._check_encoder(self._encoder.id)
+            search = _Search(self._records, self._splitter, matching, values, time.time(), self._count())
+            while True:
+                dense = [] if vector is None else self._dense(search, vector, wanted)
+                text = search.by_words(query, wanted) if isinstance(query, str) and mode != "dense" else []
+                fused = _fuse(dense, text)
+                rows = search.rows(list(fused))
+                shares = dict.fromkeys(fused) if mode == "dense" else search.shares(rows)
+                vectors = {seq: np.frombuffer(rows[seq][7], dtype="<f4") for seq in fused}
+                matches = {}
+                for seq in fused:
+                    cosine = None if vector is None else float(np.einsum("i,i->", vectors[seq], vector))
+                    score = max(value for value in (cosine, shares[seq]) if value is not None)
+                    if min_score is None or score >= min_score:
+                        matches[seq] = Match(_record(rows[seq]), score, cosine, shares[seq])
+                if min_score is None or mode == "dense" or len(matches) >= k or wanted > max(len(dense), len(text)):
+                    break
+                wanted *= 4  # the threshold is on another score than the ranks: look further down
+        order = sorted(matches, key=lambda seq: (-fused[seq], seq))
         if mode == "dense":
             order.sort(key=lambda seq: (-matches[seq].score, seq))
         if diversity:
@@ -547,20 +597,22 @@ class MemoryStore:
         """Have the segment that is named, and the vectors of all that is newer; in a transaction."""
         name = self._setting("segment")
         if name != (None if self._segment is None else self._segment.name) and name != self._bad:
+            problem = None
             try:
                 self._segment = None if name is None else self._open_segment(name)
             except EdgeError as error:
-                self._segment, self._bad = None, name
-                warnings.warn(
-                    EdgeWarning(
-                        f"{self.folder / _SEGMENTS / str(name)}: the index is damaged ({error}) Until it is built anew "
-                        "from the records, by compact(), all of them are searched exactly; none is lost"
-                    ),
-                    stacklevel=4,
-                )
+                self._segment, self._bad, problem = None, name, str(error)
             covered = 0 if self._segment is None else self._segment.covered
             if covered != self._since.after:
                 self._since = _Recent(covered)
+            if problem is not None:
+                warnings.warn(
+                    EdgeWarning(
+                        f"{self.folder / _SEGMENTS / str(name)}: the index is damaged ({problem}) Until it is built "
+                        "anew from the records, by compact(), all of them are searched exactly; none is lost"
+                    ),
+                    stacklevel=4,
+                )
         self._since.extend(
             self._records.execute("SELECT seq, vector FROM vectors WHERE seq > ? ORDER BY seq", (self._since.last,))
         )
@@ -572,35 +624,24 @@ class MemoryStore:
 
     # Keeping house
 
-    def compact(self, progress: Callable[[float], None] | None = None) -> None:
+    def compact(self, progress: Callable[[float], None] | None = None) -> bool:
         """Build a new segment of all records, and forget for good what has expired.
 
-        Others go on reading and writing meanwhile. Does nothing if another process is at it.
+        Others go on reading and writing meanwhile.
+
+        Returns:
+            Whether it was done; False if another process is at it.
 
         Raises:
-            InputError: There is no room.
+            InputError: There is no room, or the folder is gone.
         """
         try:
-            with self._compacting() as free:
+            with exclusive(self.folder / f"{_SEGMENTS}.lock") as free:
                 if free:
                     self._rebuild(progress)
+                return free
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be compacted ({error}). Make room.") from None
-
-    @contextlib.contextmanager
-    def _compacting(self) -> Iterator[bool]:
-        """One at a time, over all processes: a lock that ends with its process, whatever ends it."""
-        lock = sqlite3.connect(self.folder / f"{_SEGMENTS}.lock", timeout=0, isolation_level=None)
-        try:
-            lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError:
-            lock.close()
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.close()
 
     def _rebuild(self, progress: Callable[[float], None] | None) -> None:
         numbers: list[int] = []
@@ -635,6 +676,7 @@ class MemoryStore:
         index.save(building)
         name = f"{last}-{os.urandom(4).hex()}"
         building.rename(folder / name)
+        forget(building)
         with self._lock, self._guarded():
             with self._writing():
                 self._records.execute("DELETE FROM documents WHERE expires <= ?", (now,))
@@ -643,6 +685,7 @@ class MemoryStore:
         for old in folder.iterdir():  # but the one before, which somebody may be about to open
             if old.name not in (name, settings.get("segment")):
                 shutil.rmtree(old, ignore_errors=True)
+                forget(old)
 
     def _compact_soon(self) -> None:
         if self._compact_at is None or (self._background is not None and self._background.is_alive()):
@@ -682,7 +725,10 @@ class MemoryStore:
             }
             self._refresh()
             values["segment"] = None if self._segment is None else self._segment.vectors.describe()
-        values["bytes"] = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        values["bytes"] = 0
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # another process has just compacted
+                values["bytes"] += path.stat().st_size if path.is_file() else 0
         return values
 
     # SQLite
@@ -697,11 +743,15 @@ class MemoryStore:
                 raise StoreError(
                     f"{self.folder}: another process has been writing for {_WAIT:g} seconds. Try again when it is done."
                 ) from None
+            if "too large" in str(error) or "too many" in str(error):
+                raise InputError(f"the condition is beyond SQLite ({error}). Give fewer values.") from None
             if "no such module: fts5" in str(error):
                 raise StoreError("this Python's SQLite has no FTS5. Use a Python whose SQLite has it.") from None
             raise InputError(
                 f"{self.folder}: cannot be read or written ({error}). Make room, or check permissions."
             ) from None
+        except sqlite3.ProgrammingError as error:
+            raise StoreError(f"{self.folder}: cannot be used ({error}). Open the store again.") from None
         except sqlite3.DatabaseError as error:
             raise StoreError(
                 f"{self.folder / _RECORDS}: damaged ({error}). Restore it from a copy or an export."
@@ -742,9 +792,16 @@ class _Search:
     """What one search asks of SQLite, within one transaction."""
 
     def __init__(
-        self, records: sqlite3.Connection, condition: str, values: Sequence[object], now: float, total: int
+        self,
+        records: sqlite3.Connection,
+        splitter: _Splitter,
+        condition: str,
+        values: Sequence[object],
+        now: float,
+        total: int,
     ) -> None:
         self._records = records
+        self._splitter = splitter
         self._total = total
         self._condition = f" AND (d.expires IS NULL OR d.expires > ?){condition}"
         self._values = (now, *values)
@@ -774,10 +831,9 @@ class _Search:
         """The best by BM25, best first."""
         total = self._total
         frequency: dict[str, int] = {}
-        for word in dict.fromkeys(_words(query)):
+        for word in dict.fromkeys(self._splitter.split([query])[0]):
             row = self._records.execute("SELECT doc FROM vocabulary WHERE term = ?", (word,)).fetchone()
             frequency[word] = 0 if row is None else row[0]
-            self._weights[word] = math.log(1 + (total - frequency[word] + 0.5) / (frequency[word] + 0.5))
         sought: list[str] = []
         scanned = 0
         for word in sorted((word for word in frequency if frequency[word]), key=frequency.__getitem__):
@@ -787,6 +843,10 @@ class _Search:
             sought.append(word)
         if not sought:
             return []
+        # Inverse document frequency, as BM25 has it; a word that no record has weighs as those that some have do.
+        idf = {word: math.log(1 + (total - n + 0.5) / (n + 0.5)) for word, n in frequency.items() if n}
+        mean = sum(idf.values()) / len(idf)
+        self._weights = {word: idf.get(word, mean) for word in frequency}
         any_of = " OR ".join(f'"{word}"' for word in sought)
         wide = 2 * k + 16
         rows = self._records.execute(
@@ -804,11 +864,16 @@ class _Search:
         )
         return [row[0] for row in rows]
 
-    def share(self, text: str) -> float:
-        """Of the query's words, by weight, what a text has."""
-        whole = sum(self._weights.values())
-        have = set(_words(text))
-        return sum(weight for word, weight in self._weights.items() if word in have) / whole if whole else 0.0
+    def shares(self, rows: Mapping[int, Sequence[Any]]) -> dict[int, float]:
+        """Of the query's words, by weight, what each record's text has."""
+        total = sum(self._weights.values())
+        if not total:
+            return dict.fromkeys(rows, 0.0)
+        words = map(set, self._splitter.split([row[3] for row in rows.values()]))
+        return {
+            seq: sum(weight for word, weight in self._weights.items() if word in have) / total
+            for seq, have in zip(rows, words, strict=True)
+        }
 
     def rows(self, numbers: Sequence[int]) -> dict[int, tuple[Any, ...]]:
         """Whole records, by number."""
@@ -820,6 +885,30 @@ class _Search:
                 f"SELECT {_COLUMNS}, vector FROM documents JOIN vectors USING (seq) WHERE seq IN ({marks})", some
             ):
                 found[row[0]] = row
+        return found
+
+
+class _Splitter:
+    """Splits texts into words and folds these, by FTS5 itself, so that they are the words that it indexes."""
+
+    def __init__(self) -> None:
+        self._texts = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        try:
+            self._texts.execute(f"CREATE VIRTUAL TABLE texts USING fts5 (text, content='', tokenize='{_TOKENIZER}')")
+            self._texts.execute("CREATE VIRTUAL TABLE terms USING fts5vocab ('texts', 'instance')")
+        except sqlite3.OperationalError as error:
+            raise StoreError(f"this Python's SQLite has no FTS5 ({error}). Use a Python whose SQLite has it.") from None
+
+    def split(self, texts: Sequence[str]) -> list[list[str]]:
+        """The words of each text, in order."""
+        found: list[list[str]] = [[] for _ in texts]
+        self._texts.execute("BEGIN")
+        try:
+            self._texts.executemany("INSERT INTO texts (rowid, text) VALUES (?, ?)", list(enumerate(texts)))
+            for place, word in self._texts.execute("SELECT doc, term FROM terms ORDER BY doc, offset"):
+                found[place].append(word)
+        finally:
+            self._texts.execute("ROLLBACK")
         return found
 
 
@@ -873,6 +962,7 @@ class _Draft(NamedTuple):
     namespace: str
     ttl: float | None
     vector: NDArray[np.float32] | None
+    encoder: str | None
 
 
 def _draft(record: Mapping[str, Any], place: int) -> _Draft:
@@ -886,6 +976,8 @@ def _draft(record: Mapping[str, Any], place: int) -> _Draft:
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"record {place} has no text. Give it one that is not blank.")
     text = clean(text).replace("\0", "")
+    if not text.strip():
+        raise InputError(f"record {place} has no text. Give it one that is not blank.")
     name = record.get("id")
     if name is None:
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -894,27 +986,58 @@ def _draft(record: Mapping[str, Any], place: int) -> _Draft:
     for what, value in (("id", name), ("namespace", namespace)):
         if not isinstance(value, str) or not value or "\0" in value or value != clean(value):
             raise InputError(f"record {place} has the {what} {value!r}. Give a text that is not empty.")
+    if namespace == "*":
+        raise InputError(f"record {place} has the namespace '*', which stands for all. Give another.")
     metadata = record.get("metadata")
     if metadata is not None and not (isinstance(metadata, Mapping) and all(isinstance(key, str) for key in metadata)):
         raise InputError(f"record {place}: metadata must be a mapping of texts to values. Correct it.")
     try:
         packed = clean(json.dumps(dict(metadata or {}), ensure_ascii=False, allow_nan=False))
+        _check_depth(json.loads(packed))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"record {place}: JSON cannot say its metadata ({error}). Use texts, numbers, lists."
         ) from None
     ttl = record.get("ttl")
-    if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl < math.inf):
-        raise InputError(f"record {place} has the time to live {ttl!r}. Give seconds above 0.")
-    vector = record.get("vector")
-    return _Draft(text, name, packed, namespace, ttl, None if vector is None else _unit(vector))
+    if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl < _LONGEST):
+        raise InputError(f"record {place} has the time to live {ttl!r}. Give seconds above 0, up to 10^12.")
+    vector, encoder = record.get("vector"), record.get("encoder")
+    if encoder is not None and (not isinstance(encoder, str) or vector is None):
+        raise InputError(f"record {place} has the encoder {encoder!r}. Give the id of what made its vector, and that.")
+    return _Draft(text, name, packed, namespace, ttl, None if vector is None else _unit(vector), encoder)
+
+
+def _check_depth(value: Any, depth: int = 0) -> None:
+    """Raise ValueError for what SQLite's JSON cannot take: very deep nesting, and the character NUL."""
+    if depth > _DEEPEST:
+        raise ValueError(f"nested more than {_DEEPEST} deep")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("the character NUL")
+    if isinstance(value, dict):
+        for name in value:
+            _check_depth(name, depth + 1)
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(inner, depth + 1)
+
+
+def _name(name: object, what: str) -> str:
+    """An id or a namespace that can be asked for."""
+    if not isinstance(name, str):
+        raise InputError(f"the {what} {name!r} is no text. Give a text.")
+    return clean(name)
 
 
 def _unit(vector: ArrayLike) -> NDArray[np.float32]:
     try:
-        row = np.asarray(vector, dtype=np.float32)
+        given = np.asarray(vector)
+        if given.dtype.kind not in "fiub":
+            raise ValueError(given.dtype)
     except (TypeError, ValueError):
         raise InputError("a vector must be a row of numbers. Pass what Encoder.encode returns.") from None
+    with np.errstate(over="ignore"):
+        row = given.astype(np.float32)
+        if not np.abs(row).max(initial=0.0) < _LONG and np.isfinite(given).all():
+            row = (given / np.abs(given).max()).astype(np.float32)
     length = float(np.linalg.norm(row.astype(np.float64)))
     if row.ndim != 1 or not np.isfinite(length) or not length:
         raise InputError(
@@ -928,17 +1051,39 @@ def _record(row: Sequence[Any]) -> Record:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    records = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+    """A connection; to a store that may not be written, one that reads."""
+    writable = os.access(path.parent, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
+    if writable:
+        records = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+    else:
+        # Without a log nobody is writing, and SQLite need not make the files by which writers and readers agree.
+        log = path.with_name(f"{path.name}-wal")
+        still = "" if log.exists() and log.stat().st_size else "&immutable=1"
+        records = sqlite3.connect(
+            f"{path.as_uri()}?mode=ro{still}", timeout=_WAIT, isolation_level=None, check_same_thread=False, uri=True
+        )
     records.create_function("casefold", 1, str.casefold, deterministic=True)
-    records.execute("PRAGMA journal_mode = WAL")
-    records.execute("PRAGMA synchronous = FULL")  # what is acknowledged outlives a power cut as well
+    if writable:
+        end = time.monotonic() + _WAIT
+        while True:
+            try:
+                records.execute("PRAGMA journal_mode = WAL")
+                break
+            except sqlite3.OperationalError as error:  # others who begin it too; SQLite does not wait for this
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+        records.execute("PRAGMA synchronous = FULL")  # what is acknowledged outlives a power cut as well
     return records
 
 
-def _words(text: str) -> list[str]:
-    """As FTS5's unicode61 splits and folds them."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return re.findall(r"[^\W_]+", plain.lower())
+def _fuse(*rankings: Sequence[int]) -> dict[int, float]:
+    """Reciprocal rank fusion."""
+    fused: dict[int, float] = {}
+    for ranking in rankings:
+        for rank, seq in enumerate(ranking, 1):
+            fused[seq] = fused.get(seq, 0.0) + 1 / (_RANK + rank)
+    return fused
 
 
 def _spread(

@@ -10,6 +10,8 @@ themselves.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +38,34 @@ _BLOCK = 4096  # vectors projected at a time
 _PROBES = 8  # vectors that the self-test looks for
 
 
+_BUILDING = threading.Lock()  # BLAS has one number of threads for the whole process
+
+
+class Gate:
+    """Lets any number in at a time, or one alone: Annoy maps its file anew when it saves, while others may search."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._inside -= 1
+            if not self._inside:
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until nobody is inside, and keep others out."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._inside)
+            yield
+
+
 class Trees(NamedTuple):
     """Annoy's index, what it sees of a vector, and each vector's neighbours.
 
@@ -43,11 +73,13 @@ class Trees(NamedTuple):
         annoy: Over the projected vectors, by Euclidean distance.
         projection: (dim, projected) float32.
         neighbours: (n, NEIGHBOURS) int32, the vector itself first.
+        gate: Entered while Annoy searches.
     """
 
     annoy: AnnoyIndex
     projection: NDArray[np.float32]
     neighbours: NDArray[np.int32]
+    gate: Gate
 
     def candidates(
         self, vectors: NDArray[np.float32], query: NDArray[np.float32], k: int, effort: int, without: int | None = None
@@ -62,7 +94,9 @@ class Trees(NamedTuple):
             without: A row that is passed over, as if it were not there.
         """
         width = max(k, effort // _SHARE)
-        best = np.array(self.annoy.get_nns_by_vector((query @ self.projection).tolist(), width, effort), dtype=np.int64)
+        seen = (query @ self.projection).tolist()
+        with self.gate:
+            best = np.array(self.annoy.get_nns_by_vector(seen, width, effort), dtype=np.int64)
         for remaining in reversed(range(ROUNDS)):
             if without is not None:
                 best = best[best != without]
@@ -78,6 +112,16 @@ class Trees(NamedTuple):
             cosines = vectors.take(rows, axis=0) @ query
             best = rows[np.argpartition(cosines, len(rows) - width)[len(rows) - width :]]
         raise AssertionError("there is at least one round")
+
+    def save(self, path: Path) -> None:
+        """Write Annoy's part to a file.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        with self.gate.alone():
+            if not self.annoy.save(str(path)):
+                raise OSError("Annoy cannot write its file")
 
 
 def build(
@@ -103,7 +147,7 @@ def build(
         from threadpoolctl import threadpool_limits
     except ImportError:
         raise MissingExtra("building an Annoy index", "annoy") from None
-    with threadpool_limits(1, "blas"):
+    with _BUILDING, threadpool_limits(1, "blas"):
         return _grow(annoy, vectors, trees, seed, progress or (lambda _: None))
 
 
@@ -119,7 +163,7 @@ def _grow(
         for row, values in enumerate(projected[start : start + _BLOCK].tolist(), start):
             annoy.add_item(row, values)
     annoy.build(trees, 1)
-    return Trees(annoy, projection, _neighbours(vectors, projected, seed, progress))
+    return Trees(annoy, projection, _neighbours(vectors, projected, seed, progress), Gate())
 
 
 def load(path: Path, projection: NDArray[np.float32], neighbours: NDArray[np.int32]) -> Trees:
@@ -131,7 +175,7 @@ def load(path: Path, projection: NDArray[np.float32], neighbours: NDArray[np.int
     """
     annoy = _annoy(projection.shape[1])
     annoy.load(str(path))
-    return Trees(annoy, projection, neighbours)
+    return Trees(annoy, projection, neighbours, Gate())
 
 
 def fault(trees: Trees, vectors: NDArray[np.float32]) -> str | None:

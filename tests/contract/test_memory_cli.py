@@ -112,19 +112,94 @@ def test_notes_are_passages_and_a_changed_note_replaces_them(
     (notes / "empty.md").write_text("")
     assert ruvltra(capsys, "memory", "import", store, notes) == ["3 records imported"]
     rows = [json.loads(row) for row in ruvltra(capsys, "memory", "export", store)]
+    note = (notes / "deep" / "run.md").as_posix()
     assert [row["id"] for row in rows] == [
-        "deep/run.md#Runbook#1",
-        "deep/run.md#Runbook > Database#1",
-        "deep/run.md#Runbook > Database#2",
+        f"{note}#Runbook#1",
+        f"{note}#Runbook > Database#1",
+        f"{note}#Runbook > Database#2",
     ]
-    assert rows[1]["metadata"] == {"source": "deep/run.md", "heading": "Runbook > Database", "line": 10}
+    assert rows[1]["metadata"] == {"source": note, "heading": "Runbook > Database", "line": 10}
     assert "# not a heading\npsql orders" in rows[1]["text"]
     (notes / "deep" / "run.md").write_text(NOTES.replace("orders-db-1", "orders-db-2").rpartition("##")[0])
-    line = "2 records imported, 1 that their notes no longer have removed"
+    line = "1 records imported, 1 unchanged, 1 that their notes no longer have removed"
     assert ruvltra(capsys, "memory", "import", store, notes) == [line]
     rows = [json.loads(row) for row in ruvltra(capsys, "memory", "export", store)]
     assert "orders-db-2" in rows[1]["text"]
     assert len(rows) == 2
+    assert ruvltra(capsys, "memory", "import", store, notes / "deep") == ["0 records imported, 2 unchanged"]
+
+
+def test_notes_take_nobody_elses_place_and_leave_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    for name, text in (("a", "apples"), ("b", "bridges")):
+        (tmp_path / name / "node_modules").mkdir(parents=True)
+        (tmp_path / name / "README.md").write_text(f"# Same\n\n{text}\n")
+        (tmp_path / name / "node_modules" / "other.md").write_text("of a package")
+    mine = tmp_path / "a" / "README.md"
+    ruvltra(capsys, "memory", "add", store, "--id", "mine", "--metadata", json.dumps({"source": str(mine)}), "my own")
+    assert ruvltra(capsys, "memory", "import", store, tmp_path / "a", tmp_path / "b") == ["2 records imported"]
+    texts = {json.loads(row)["text"] for row in ruvltra(capsys, "memory", "export", store)}
+    assert texts == {"my own", "Same\napples", "Same\nbridges"}
+    mine.write_text("")
+    (line,) = ruvltra(capsys, "memory", "import", store, tmp_path / "a")
+    assert line == "0 records imported, 1 that their notes no longer have removed"
+    (tmp_path / "b" / "README.md").rename(tmp_path / "b" / "other.md")
+    (line,) = ruvltra(capsys, "memory", "import", store, tmp_path / "b")
+    assert line == "1 records imported, 1 that their notes no longer have removed"
+    rows = [json.loads(row) for row in ruvltra(capsys, "memory", "export", store)]
+    assert [row["text"] for row in rows] == ["my own", "Same\nbridges"]
+    assert rows[1]["id"].endswith("/b/other.md#Same#1")
+
+
+def test_headings_and_fences() -> None:
+    text = "## X\n\na\n\n## Y\n\nb\n\n### C#\n\nc\n\n# Z #\n\nd\n\n##\n\ne\n"
+    assert [(p["metadata"]["heading"], p["metadata"]["line"]) for p in passages(text, "n.md")] == [
+        ("X", 3),
+        ("Y", 7),
+        ("Y > C#", 11),
+        ("Z", 15),
+        ("Z", 19),
+    ]
+    long = list(passages("# T\n\n" + "word " * 199 + "abc # TAIL", "n.md"))
+    assert "# TAIL" in long[-1]["text"]
+    fenced = "```sh\n```python\n# code\n```\n\n# Real\n\n```inline``` code\n\n# Next\n\nend"
+    assert [p["metadata"]["heading"] for p in passages(fenced, "n.md")] == ["", "Real", "Next"]
+
+
+def test_conditions_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, metadata in (("a", {"v": "1.0", "t": "web api"}), ("b", {"v": 1.0, "t": "api"}), ("c", {"v": 2})):
+        ruvltra(capsys, "memory", "add", folder, "--id", name, "--metadata", json.dumps(metadata), f"deploy {name}")
+
+    def found(*conditions: str) -> set[str]:
+        options = [word for condition in conditions for word in ("--where", condition)]
+        (row,) = ruvltra(capsys, "memory", "search", folder, "--json", *options, "deploy")
+        return {hit["id"] for hit in json.loads(row)["hits"]}
+
+    assert found("v=1.0") == {"a", "b"}
+    assert found("t ~ api", "t~web") == {"a"}
+    assert found("t=null", "v=2") == {"c"}
+    assert found("v=1.0", "v=2") == {"a", "b", "c"}
+    assert found("v>=1", "v<2") == {"b"}
+    assert ruvltra(capsys, "memory", "delete", folder, "--where", "v>=1") == ["2 records deleted"]
+    assert main(["memory", "delete", str(folder)]) == 1
+    assert main(["memory", "delete", str(folder), "nobody"]) == 1
+    assert "Look with: search" in capsys.readouterr().err
+
+
+def test_a_failed_import_says_where_and_what_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"row {i}" if i != 399 else " "}) + "\n" for i in range(500)))
+    assert main(["memory", "import", str(tmp_path / "s"), str(rows)]) == 1
+    error = capsys.readouterr().err
+    assert "256 records were imported before, and stay" in error
+    assert f"from {rows}:257 to {rows}:500: record 144 has no text" in error
+    (tmp_path / "list.json").write_text('[{"text": "one"}, {"text": "two", "namespace": "n"}]')
+    assert ruvltra(capsys, "memory", "import", tmp_path / "t", tmp_path / "list.json") == ["2 records imported"]
+    ruvltra(capsys, "memory", "import", tmp_path / "t", tmp_path / "list.json", "--namespace", "m")
+    namespaces = json.loads(ruvltra(capsys, "memory", "stats", tmp_path / "t", "--json")[0])["namespaces"]
+    assert namespaces == {"default": 1, "n": 1, "m": 2}
 
 
 def test_long_passages_are_cut_between_words_and_nothing_is_lost() -> None:
@@ -141,7 +216,7 @@ def test_long_passages_are_cut_between_words_and_nothing_is_lost() -> None:
 
 
 def test_stats_and_compact(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "3 exactly, 0 since then exactly" in "\n".join(ruvltra(capsys, "memory", "compact", folder))
+    assert "searched    3 exactly" in ruvltra(capsys, "memory", "compact", folder)
     stats = json.loads(ruvltra(capsys, "memory", "stats", folder, "--json")[0])
     assert (stats["records"], stats["since_compacted"], stats["segment"]["count"]) == (3, 0, 3)
 
@@ -154,12 +229,12 @@ def test_stats_and_compact(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["memory", "import", "{store}", "{none}"], "no such file"),
         (["memory", "add", "{store}", "--id", "a", "x", "y"], "single text"),
         (["memory", "add", "{store}", ""], "no text"),
-        (["memory", "search", "{store}", "--where", "a=1", "--where", "a>1", "x"], "both"),
         (["memory", "search", "{store}", "--where", "a>null", "x"], "where"),
         (["memory", "search", "{store}", "--diversity", "3", "x"], "diversity"),
         (["index", "search", "{none}", "x"], "no index here"),
-        (["index", "build", "{none}", "{none}.npy"], "cannot be read"),
+        (["index", "build", "{none}", "{none}.npy"], "no such file"),
         (["index", "build", "{store}", "{store}/memory.sqlite"], "UTF-8|other files"),
+        (["index", "build", "{none}", "--recall", "2", "{store}/memory.sqlite"], "recall is 2"),
     ],
 )
 def test_errors_say_what_to_do(
@@ -175,7 +250,7 @@ def test_errors_say_what_to_do(
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("value", ["a", "=1", "a!1"])
+@pytest.mark.parametrize("value", ["a", "=1", "a!1", "a!=1", "a<>1", "a==1", "a>="])
 def test_conditions_that_cannot_be_are_usage_errors(folder: Path, value: str) -> None:
     with pytest.raises(SystemExit):
         main(["memory", "search", str(folder), "--where", value, "x"])

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import threadpoolctl
 from numpy.typing import NDArray
 
 import edge.trees
@@ -254,7 +256,15 @@ def test_saving_replaces_an_index_and_nothing_else(saved: Path, vectors: NDArray
     before = Index.open(saved)
     Index.build(["only"], vectors[:1]).save(saved)
     assert len(Index.open(saved)) == 1
-    assert len(list(saved.iterdir())) == 4
+    assert len([path for path in saved.iterdir() if path.name != ".lock"]) == 4
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "vectors-train.npy").write_bytes(b"not ours")
+    with pytest.raises(InputError, match="other files"):
+        Index.build(["only"], vectors[:1]).save(theirs)
+    (saved / "vectors-train.npy").write_bytes(b"not ours")
+    Index.build(["only"], vectors[:1]).save(saved)
+    assert (saved / "vectors-train.npy").exists()
     assert before.search(vectors[5], 1)[0].id == "row-5"  # who has it open goes on
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
@@ -348,6 +358,51 @@ def test_from_eight_threads(saved: Path) -> None:
     alone = index.search(queries, 5)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda query: index.search(query, 5), queries)) == alone
+
+
+def test_saving_while_others_search_and_save(vectors: NDArray[np.float32], tmp_path: Path) -> None:
+    indexes = [Index.build([f"{j} {i}" for i in range(3000)], vectors[j : j + 3000], trees=5) for j in range(3)]
+    done = threading.Event()
+
+    def search() -> None:
+        while not done.is_set():
+            indexes[0].search(vectors[:50], 5, effort=1000)
+
+    def save(index: Index) -> None:
+        for _ in range(5):
+            index.save(tmp_path / "index")
+
+    searching = threading.Thread(target=search)
+    searching.start()
+    saving = [threading.Thread(target=save, args=(index,)) for index in indexes]
+    for thread in saving:
+        thread.start()
+    for thread in saving:
+        thread.join()
+    done.set()
+    searching.join()
+    opened = Index.open(tmp_path / "index")
+    j = int(opened.ids[0].split()[0])
+    assert np.array_equal(opened.vectors, indexes[j].vectors)
+    assert not list((tmp_path / "index").glob(".partial*"))
+
+
+def test_blas_has_its_threads_back_after_builds_at_once(vectors: NDArray[np.float32]) -> None:
+    def threads() -> list[int]:
+        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info()]
+
+    before = threads()
+    building = [threading.Thread(target=edge.trees.build, args=(vectors[:size], 5, 0)) for size in (2500, len(vectors))]
+    for thread in building:
+        thread.start()
+    for thread in building:
+        thread.join()
+    assert threads() == before
+
+
+def test_ties_go_to_the_lower_row() -> None:
+    index = Index.build([str(i) for i in range(300)], np.ones((300, 4)))
+    assert [hit.id for hit in index.search([1, 1, 1, 1], 5)] == ["0", "1", "2", "3", "4"]
 
 
 def test_opening_reads_next_to_nothing(saved: Path) -> None:

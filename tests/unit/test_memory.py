@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,12 +227,183 @@ def test_conditions_that_cannot_be(where: Any) -> None:
 
 def test_conditions_cannot_break_out_of_their_statement(filled: MemoryStore) -> None:
     evil = "'; DROP TABLE documents; --"
-    for where in ({evil: evil}, {'a"."b': 1}, {"place": {"gt": evil}}, {"tags": {"contains": evil}}):
+    for where in ({evil: evil}, {"place": {"gt": evil}}, {"tags": {"contains": evil}}):
         assert filled.search("x", where=where) == []
+    for name in ('a"."b', "a\\b", "a\tb", ""):
+        with pytest.raises(InputError, match="where"):
+            filled.search("x", where={name: 1})
     assert filled.search(evil, 1)
     assert filled.search('" OR NEAR( * ^', 1)
     filled.add("x", id=evil, namespace=evil, metadata={evil: evil})
     assert found(filled.search("x", namespace=evil, where={evil: evil})) == [evil]
+
+
+def test_long_lists_odd_numbers_and_missing_values(filled: MemoryStore) -> None:
+    assert set(found(filled.search("x", where={"place": list(range(1, 5000))}))) == set(TEXTS) - {"sessions"}
+    assert len(filled.search("x", where={"place": [*map(str, range(5000)), 2, True]})) == 1
+    assert filled.search("x", where={"place": 2**70}) == []
+    assert len(filled.search("x", where={"place": {"lt": 2**70}})) == 5
+    with pytest.raises(InputError, match="NaN"):
+        filled.search("x", where={"place": float("nan")})
+    filled.add("No place", id="none")
+    assert found(filled.search("x", where={"place": None})) == ["none"]
+    assert set(found(filled.search("x", where={"place": [None, 2]}))) == {"none", "orders"}
+    assert found(filled.search("x", where=[{"place": {"gte": 2}}, {"place": {"lt": 3}}])) == ["orders"]
+    with pytest.raises(InputError, match="fewer"):
+        filled.search("x", where={f"name{i}": 1 for i in range(3000)})
+
+
+WORDS = [
+    "мой",
+    "русский",
+    "ёлка",
+    "한국어",
+    "がっこう",
+    "άλφα",
+    "ΟΔΟΣ",
+    "\uff21\uff22\uff23",
+    "x²",
+    "ﬁnd",
+    "مُحَمَّد",
+    "Zürich",
+    "\uff25\uff32\uff32\uff14",
+]
+
+
+def test_words_of_any_script_are_found(store: MemoryStore) -> None:
+    """FTS5 itself splits and folds the query, whose rules are not Python's."""
+    store.add_many([{"text": f"the word {word}", "id": word, "vector": [1.0, 0.0]} for word in WORDS])
+    for word in WORDS:
+        (match,) = store.search(word, mode="text", min_score=0.9)
+        assert (match.record.id, match.words) == (word, 1.0)
+    assert found(store.search("zurich", mode="text")) == ["Zürich"]
+    assert found(store.search("\ud83d\ude00 word", 1, mode="text"))
+
+
+def test_a_threshold_looks_further_than_the_first_ranks(store: MemoryStore) -> None:
+    store.add("cat cat cat cat", vector=[1, 0])
+    store.add("cat and dog " + "filler " * 300, id="both", vector=[1, 0])
+    store.add_many([{"text": f"{word} {i}", "vector": [1, 0]} for word in ("cat", "dog") for i in range(200)])
+    assert found(store.search("cat dog", 1, mode="text", min_score=0.9)) == ["both"]
+    store.add("how to deploy the app", id="deploy", vector=[1, 0])
+    (match,) = store.search("what deploy", 1, mode="text")
+    assert match.record.id == "deploy"
+    assert match.words is not None
+    assert match.words >= 0.4  # a word that nothing has does not outweigh one that something has
+
+
+def test_an_updated_text_has_the_stores_kind_of_vector(tmp_path: Path, encoder: Encoder) -> None:
+    with MemoryStore(tmp_path / "a", encoder=encoder) as store:
+        store.add("short", id="s", vector=[1.0, 0.0, 0.0])
+        with pytest.raises(InputError, match="384 values"):
+            store.update("s", text="other")
+        store.update("s", text="other", vector=[0.0, 1.0, 0.0])
+        assert found(store.search([0.0, 1.0, 0.0], mode="dense", min_score=0.99)) == ["s"]
+        store.compact()
+
+
+def test_vectors_know_what_made_them(tmp_path: Path, encoder: Encoder) -> None:
+    with MemoryStore(tmp_path / "a") as store:
+        store.add_many([{"text": "x", "vector": [1.0] * encoder.dim, "encoder": encoder.id}])
+        with pytest.raises(StoreError, match="another encoder's"):
+            store.add_many([{"text": "y", "vector": [1.0] * encoder.dim, "encoder": "0" * 64}])
+        with pytest.raises(InputError, match="what made its vector"):
+            store.add_many([{"text": "y", "encoder": encoder.id}])
+        assert store.stats()["encoder"] == encoder.id
+
+
+def test_huge_vectors_keep_their_direction(tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "a") as store:
+        store.add("huge", id="huge", vector=[1e38, 0.0, 1e38])
+        store.add("huger", id="huger", vector=[0.0, 1e300, 0.0])
+        assert store.search([1.0, 0.0, 1.0], 1, mode="dense")[0].score == pytest.approx(1)
+        store.compact()
+        assert store.search([0.0, 1.0, 0.0], 1, mode="dense")[0].record.id == "huger"
+
+
+def test_updates_alone_are_compacted_too(tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "a", compact_at=20) as store:
+        store.add("x", id="x", vector=[1.0, 0.0])
+        for i in range(60):
+            store.update("x", metadata={"i": i})
+        assert store._background is not None
+        store._background.join()
+        assert store.stats()["since_compacted"] < 45
+
+
+def test_a_store_stays_where_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    monkeypatch.chdir(tmp_path / "1")
+    with MemoryStore("m") as store:
+        store.add("one", id="one", vector=[1.0, 0.0])
+        monkeypatch.chdir(tmp_path / "2")
+        with MemoryStore("m") as other:
+            other.add("two", id="two", vector=[1.0, 0.0])
+        assert [record.id for record, _ in store.records()] == ["one"]
+        store.compact()
+        assert (tmp_path / "1" / "m" / "segments").is_dir()
+        assert not (tmp_path / "2" / "m" / "segments").exists()
+
+
+def test_a_closed_store_is_not_called_damaged(tmp_path: Path) -> None:
+    store = MemoryStore(tmp_path / "a")
+    store.close()
+    with pytest.raises(StoreError, match="Open the store again"):
+        store.add("x", vector=[1.0])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_a_store_that_may_only_be_read(tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "a") as store:
+        store.add("x", id="x", vector=[1.0, 0.0])
+        store.compact()
+    program = """
+        import os, sys
+        from edge import MemoryStore
+        if os.getuid() == 0:
+            os.setgid(65534); os.setuid(65534)
+        with MemoryStore(sys.argv[1], create=False) as store:
+            print(store.get("x").text, store.search([1.0, 0.0], mode="dense")[0].record.id)
+            try:
+                store.add("y", vector=[1.0, 0.0])
+            except Exception as error:
+                print(type(error).__name__)
+    """
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        copy = Path(shutil.copytree(tmp_path / "a", folder / "store"))
+        for path in (folder, copy, *copy.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", textwrap.dedent(program), str(copy)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        assert done.stdout.split() == ["x", "x", "InputError"], done.stderr
+    finally:
+        for path in (folder, copy, *copy.rglob("*")):
+            path.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_several_begin_a_store_at_once(tmp_path: Path) -> None:
+    program = """
+        import sys, time
+        from edge import MemoryStore
+        while time.time() < float(sys.argv[2]):
+            pass
+        for i in range(5):
+            with MemoryStore(f"{sys.argv[1]}/{i}") as store:
+                store.add(sys.argv[3], vector=[1.0, 0.0])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), str(time.time() + 2)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = [subprocess.Popen([*command, str(i)], stderr=subprocess.PIPE, env=environment) for i in range(4)]
+    for process in started:
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error
+    for i in range(5):
+        with MemoryStore(tmp_path / str(i)) as store:
+            assert len(store) == 4
 
 
 def test_few_that_match_among_many_are_all_found(tmp_path: Path) -> None:
@@ -369,7 +543,18 @@ def test_bad_searches_are_refused(filled: MemoryStore) -> None:
             filled.search("x", **arguments)
     with pytest.raises(InputError, match="mode='dense'"):
         filled.search(vector(1))
-    assert filled.search("", 3)  # as Encoder embeds it
+    assert filled.search(" \n", 3) == []
+    odd: list[dict[str, Any]] = [{"k": "3"}, {"k": 2.5}, {"k": True}, {"min_score": "x"}, {"diversity": "x"}]
+    odd += [{"where": "topic=login"}, {"where": ["topic"]}, {"where": 5}, {"namespace": 5}]
+    for arguments in odd:
+        with pytest.raises(InputError):
+            filled.search("x", **arguments)
+    assert len(filled.search("x", 10**20)) == len(TEXTS)
+    assert len(filled.search("x", np.int64(2), mode="dense")) == 2  # type: ignore[arg-type]
+    assert filled.get("\ud800") is None
+    for call in (lambda: filled.get(5), lambda: filled.delete(["a"]), lambda: filled.add_many(None)):  # type: ignore
+        with pytest.raises(InputError):
+            call()
     assert filled.search("\ud800", 3)
 
 
