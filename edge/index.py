@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import mmap
 import operator
 import os
@@ -39,6 +40,7 @@ _SEARCHED = 0.5  # share of all vectors that trees may look at; beyond it exact 
 _SCORES = 16_000_000  # cosines held at a time
 _LOCK = ".lock"
 _WAIT = 60.0  # seconds for another save into the same folder
+_MANY = 300  # scores; sorting more takes longer than leaving most out first
 _LONG = 1e18  # values whose squares float32 still has
 _TIE = 1e-6  # cosines that are this close may change places by rounding
 _AGAIN = "Build the index again, or copy it again from where it came from."
@@ -99,9 +101,16 @@ class Ids(Sequence[str]):
             return [self[i] for i in range(len(self))[row]]
         if not -len(self) <= row < len(self):
             raise IndexError(row)
-        row %= len(self)
-        start = int(self.ends[row - 1]) if row else 0
-        return self.text[start : int(self.ends[row])].decode("utf-8")
+        return self.at(np.array([row % len(self)]))[0]
+
+    def at(self, rows: NDArray[np.int64]) -> list[str]:
+        """The ids of some rows, counted from the first."""
+        ends = self.ends.take(rows).tolist()
+        starts = self.ends.take(rows - 1).tolist()
+        return [
+            self.text[start if row else 0 : end].decode("utf-8")
+            for row, start, end in zip(rows.tolist(), starts, ends, strict=True)
+        ]
 
 
 class Index:
@@ -234,8 +243,7 @@ class Index:
         """
         rows, cosines = self.nearest(query, k, effort=effort)
         hits = [
-            [Hit(self.ids[row], cosine) for row, cosine in zip(*pair, strict=True)]
-            for pair in zip(rows.tolist(), cosines.tolist(), strict=True)
+            list(map(Hit, self.ids.at(found), scores)) for found, scores in zip(rows, cosines.tolist(), strict=True)
         ]
         return hits if np.ndim(query) == 2 else hits[0]
 
@@ -332,10 +340,14 @@ class Index:
     def _rank(
         self, rows: NDArray[np.int64], query: NDArray[np.float32], k: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The k best of some rows in ascending order, with their cosines; ties go to the lower row."""
-        if len(rows) > 2 * k + 16:  # by BLAS, which rounds by the number of rows, to those few that count
-            rows = rows[_among_best(self.vectors.take(rows, axis=0) @ query, k)]
-        cosines = np.einsum("ij,j->i", self.vectors.take(rows, axis=0), query)
+        """The k best of some rows in ascending order, with their cosines; ties go to the lower row.
+
+        One product a row, which rounds in one way whatever the other rows are.
+        """
+        cosines = np.vecdot(self.vectors.take(rows, axis=0), query)
+        if len(rows) > _MANY:
+            kept = np.flatnonzero(_among_best(cosines, k))
+            rows, cosines = rows[kept], cosines[kept]
         order = np.argsort(-cosines, kind="stable")[:k]
         return rows[order], cosines[order]
 
@@ -753,6 +765,11 @@ def _repeated(names: Iterable[str]) -> Iterator[str]:
 
 def _unit(vectors: ArrayLike, what: str) -> NDArray[np.float32]:
     """Rows of unit length, float32, contiguous; a copy."""
+    if isinstance(vectors, np.ndarray) and vectors.dtype == np.float32 and vectors.ndim == 1:  # a query, mostly
+        square = float(np.vecdot(vectors, vectors)) if vectors.size else 0.0
+        if 1 / _LONG < square < _LONG:
+            row: NDArray[np.float32] = vectors / np.float32(math.sqrt(square))
+            return row
     try:
         given = np.asarray(vectors)
         if given.dtype.kind not in "fiub":
@@ -766,8 +783,11 @@ def _unit(vectors: ArrayLike, what: str) -> NDArray[np.float32]:
         raise InputError(f"{what} must be numbers, in rows of one length. Pass what Encoder.encode returns.") from None
     if rows.ndim not in (1, 2) or not rows.shape[-1]:
         raise InputError(f"{what} has shape {rows.shape}. Pass a vector, or a matrix of one vector a row.")
-    with np.errstate(over="ignore"):
-        length = np.sqrt(np.einsum("...j,...j->...", rows, rows, dtype=np.float64))
+    with np.errstate(over="ignore", under="ignore"):
+        squares: NDArray[Any] = np.vecdot(rows, rows)
+        if not np.all((squares > 1 / _LONG) & (squares < _LONG)):
+            squares = np.einsum("...j,...j->...", rows, rows, dtype=np.float64)
+        length = np.sqrt(squares, dtype=np.float64)
     if not np.all(np.isfinite(length) & (length > 0)):
         raise InputError(f"{what} must be finite and not zero: such a vector has no direction. Leave it out.")
     rows /= length[..., None].astype(np.float32)
