@@ -784,10 +784,10 @@ def _unit(vectors: ArrayLike, what: str) -> NDArray[np.float32]:
     if rows.ndim not in (1, 2) or not rows.shape[-1]:
         raise InputError(f"{what} has shape {rows.shape}. Pass a vector, or a matrix of one vector a row.")
     with np.errstate(over="ignore", under="ignore"):
-        squares: NDArray[Any] = np.vecdot(rows, rows)
+        squares = np.vecdot(rows, rows).astype(np.float64)
         if not np.all((squares > 1 / _LONG) & (squares < _LONG)):
             squares = np.einsum("...j,...j->...", rows, rows, dtype=np.float64)
-        length = np.sqrt(squares, dtype=np.float64)
+        length = np.sqrt(squares)
     if not np.all(np.isfinite(length) & (length > 0)):
         raise InputError(f"{what} must be finite and not zero: such a vector has no direction. Leave it out.")
     rows /= length[..., None].astype(np.float32)
