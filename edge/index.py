@@ -768,7 +768,7 @@ def _unit(vectors: ArrayLike, what: str) -> NDArray[np.float32]:
     if isinstance(vectors, np.ndarray) and vectors.dtype == np.float32 and vectors.ndim == 1:  # a query, mostly
         square = float(np.vecdot(vectors, vectors)) if vectors.size else 0.0
         if 1 / _LONG < square < _LONG:
-            row: NDArray[np.float32] = vectors / np.float32(math.sqrt(square))
+            row: NDArray[np.float32] = np.divide(vectors, np.float32(math.sqrt(square)), dtype=np.float32)
             return row
     try:
         given = np.asarray(vectors)
