@@ -216,7 +216,7 @@ def _import(options: argparse.Namespace) -> int:
                         store.add_many(records, replace=options.replace)
                     except InputError as error:
                         first, last = batch[0][0], batch[-1][0]
-                        raise InputError(f"in the batch from {first} to {last}: {error}") from None
+                        raise InputError(f"{error} It is in the batch from {first} to {last}.") from None
                     done += len(batch)
                     tell()
         except (InputError, KeyboardInterrupt):
@@ -336,8 +336,10 @@ def _delete(options: argparse.Namespace) -> int:
             return 0
         missing = [name for name in options.ids if not store.delete(name, namespace=options.namespace)]
     if missing:
-        others = " The others are deleted." if len(missing) < len(options.ids) else " Look with: search"
-        raise InputError(f"there is no record {', '.join(map(repr, missing))} in {options.namespace!r}.{others}")
+        which = f"{', '.join(map(repr, missing))} in the namespace {options.namespace!r}"
+        if len(missing) < len(options.ids):
+            raise InputError(f"there is no record {which}. The others are deleted.")
+        raise InputError(f"there is no record {which}. Look with: search")
     return 0
 
 

@@ -194,7 +194,8 @@ def test_a_failed_import_says_where_and_what_stays(tmp_path: Path, capsys: pytes
     assert main(["memory", "import", str(tmp_path / "s"), str(rows)]) == 1
     error = capsys.readouterr().err
     assert "256 records were imported before, and stay" in error
-    assert f"from {rows}:257 to {rows}:500: record 144 has no text" in error
+    assert "record 144 has no text" in error
+    assert f"from {rows}:257 to {rows}:500." in error
     (tmp_path / "list.json").write_text('[{"text": "one"}, {"text": "two", "namespace": "n"}]')
     assert ruvltra(capsys, "memory", "import", tmp_path / "t", tmp_path / "list.json") == ["2 records imported"]
     ruvltra(capsys, "memory", "import", tmp_path / "t", tmp_path / "list.json", "--namespace", "m")
