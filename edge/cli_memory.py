@@ -216,7 +216,9 @@ def _import(options: argparse.Namespace) -> int:
                         store.add_many(records, replace=options.replace)
                     except InputError as error:
                         first, last = batch[0][0], batch[-1][0]
-                        raise InputError(f"{error} It is in the batch from {first} to {last}.") from None
+                        raise InputError(
+                            f"{str(error).rstrip('.')}. It is in the batch from {first} to {last}."
+                        ) from None
                     done += len(batch)
                     tell()
         except (InputError, KeyboardInterrupt):
