@@ -18,7 +18,7 @@ from typing import Any
 
 from edge.bundle import Bundle
 from edge.evaluate import Labelled, Proportion, evaluate, read_labelled
-from edge.router import STRATEGIES, Router
+from edge.router import Router
 
 _SHOWN = ("keyword", "keyword-first", "embedding", "hybrid")
 
@@ -83,7 +83,7 @@ def main() -> None:
             signals = [router.signals(row.task) for row in rows]
             for name, positions in sets(path, rows).items():
                 members, theirs = [rows[i] for i in positions], [signals[i] for i in positions]
-                scores = {s.strategy: s for s in evaluate(router, members, STRATEGIES, theirs)}
+                scores = {s.strategy: s for s in evaluate(router, members, _SHOWN, theirs)}
                 print(f"\n{bundle.name} {variant}  {path.name}  {name}  n = {len(members)}", file=told)
                 for strategy in _SHOWN:
                     score = scores[strategy]

@@ -34,6 +34,7 @@ from edge.session import Placement
 
 if TYPE_CHECKING:
     from edge.capabilities import Capabilities, Capability
+    from edge.generate import Generator
     from edge.index import Hit, Index
     from edge.memory import MemoryStore
 
@@ -53,6 +54,7 @@ __all__ = [
     "EdgeError",
     "EdgeWarning",
     "Encoder",
+    "Generator",
     "Hit",
     "Index",
     "InputError",
@@ -74,6 +76,7 @@ __all__ = [
 _LAZY = {
     "Capabilities": "edge.capabilities",
     "Capability": "edge.capabilities",
+    "Generator": "edge.generate",
     "Hit": "edge.index",
     "Index": "edge.index",
     "MemoryStore": "edge.memory",

@@ -118,6 +118,10 @@ class Generator(NamedTuple):
         kv_heads: Heads of a key or value.
         head_dim: Values of a head.
         end_ids: Token ids that end a text.
+        prompt: What asks for an agent's name; ``{task}`` stands for the task.
+        prior: The weight of what it says of an empty task, beside what it says of the task.
+        calibration: How the sum of the two, in place of the cosine, becomes a probability.
+        calibrated_on: As for a variant.
     """
 
     id: str
@@ -128,6 +132,10 @@ class Generator(NamedTuple):
     kv_heads: int
     head_dim: int
     end_ids: tuple[int, ...]
+    prompt: str
+    prior: float
+    calibration: Calibration
+    calibrated_on: str | None
 
 
 class Catalogue(NamedTuple):
@@ -611,6 +619,10 @@ def _generator(table: _Table) -> Generator:
         kv_heads=table.integer("kv_heads", 1),
         head_dim=table.integer("head_dim", 1),
         end_ids=tuple(end_ids),
+        prompt=table.string("prompt"),
+        prior=table.number("prior"),
+        calibration=_calibration(table.table("calibration")),
+        calibrated_on=table.string("calibrated_on") if table.values.get("calibrated_on") is not None else None,
     )
 
 

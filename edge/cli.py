@@ -1,4 +1,4 @@
-"""The command ``ruvltra``: route, embed, capabilities, eval, memory, index, inspect, device, tune, doctor."""
+"""The command ``ruvltra``: route, embed, generate, capabilities, eval, memory, index, inspect, device, tune, doctor."""
 
 from __future__ import annotations
 
@@ -148,6 +148,20 @@ def _parser(verb: str | None = None) -> argparse.ArgumentParser:
         "text", nargs="+", metavar="TEXT", help="a text; '-' reads texts from standard input, one a line"
     )
     embed.set_defaults(run=_embed)
+
+    generate = verbs.add_parser(
+        "generate",
+        help="continue a text",
+        description="Continue a text by a bundle's language model, the most probable token at a time, as it comes.",
+    )
+    generate.add_argument(
+        "--bundle", metavar="DIR", required=True, help="bundle folder or zip file, of a language model"
+    )
+    generate.add_argument("--generator", metavar="ID", help="which of the bundle's (default: the last one)")
+    generate.add_argument("--max-tokens", type=_count, default=64, metavar="N", help="at most (default: 64)")
+    generate.add_argument("--threads", type=_threads, metavar="N", help="default: one a physical core")
+    generate.add_argument("text", metavar="TEXT", help="what is continued")
+    generate.set_defaults(run=_generate)
 
     capabilities = verbs.add_parser(
         "capabilities",
@@ -354,6 +368,16 @@ def _embed(options: argparse.Namespace) -> int:
     return 0
 
 
+def _generate(options: argparse.Namespace) -> int:
+    from edge.generate import Generator
+
+    generator = Generator.load(options.bundle, generator=options.generator, threads=options.threads)
+    for piece in generator.stream(options.text, options.max_tokens):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
 def _capabilities(options: argparse.Namespace) -> int:
     from edge.capabilities import Capabilities
 
@@ -382,7 +406,9 @@ def _capabilities(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     from edge.evaluate import evaluate, plot_confusion, read_labelled
 
-    strategies = STRATEGIES if options.strategy == "all" else (options.strategy,)
+    # A language model is asked only if that is wanted: most bundles have none, and it takes a hundred times as long.
+    every = tuple(strategy for strategy in STRATEGIES if strategy != "generate")
+    strategies = every if options.strategy == "all" else (options.strategy,)
     router = Router.load(
         options.bundle,
         agents=options.agents,

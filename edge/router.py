@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,11 @@ from edge.errors import InputError, ManifestError
 from edge.keywords import KeywordRules, Matches
 from edge.providers import Provider
 
-STRATEGIES = ("keyword", "keyword-first", "embedding", "hybrid")
+if TYPE_CHECKING:
+    from edge.generate import Generator
+
+STRATEGIES = ("keyword", "keyword-first", "embedding", "hybrid", "generate")
+_PROMPTED = 256  # tokens of a task that a language model is asked about, as the default encoder reads
 MAX_CHARACTERS = 8192  # a task is cut here before anything looks at it; 256 tokens are far fewer
 
 
@@ -27,7 +31,7 @@ class Ranked(NamedTuple):
     Attributes:
         id: Name of the agent.
         score: Calibrated probability that the strategy gives it; the ranking falls in it.
-        cosine: Similarity of task and prototype; None for the strategy ``keyword``, which uses none.
+        cosine: Similarity of task and prototype; None for the strategies ``keyword`` and ``generate``, which use none.
     """
 
     id: str
@@ -41,7 +45,7 @@ class Decision:
 
     Attributes:
         agent: Name of the agent; None if the router abstains.
-        method: What decided: ``keyword``, ``embedding``, ``hybrid`` or ``abstain``.
+        method: What decided: ``keyword``, ``embedding``, ``hybrid``, ``generate`` or ``abstain``.
         confidence: Calibrated probability of the first agent of the ranking, in [0, 1].
         margin: Its lead over the second one.
         matched: Keywords that spoke for the first agent of the ranking.
@@ -65,7 +69,7 @@ class Signals(NamedTuple):
         matches: What the keyword rules found.
         cosine: (agents,) float32 similarities to the nearest prototypes; None without an encoder.
         evidence: (agents,) float32, what the head says, on the scale of cosines: the same as
-            ``cosine`` unless there is a linear head; None without an encoder.
+            ``cosine`` unless there is a linear head; what a language model says, if that is asked; else None.
         out_of_scope: What the head says for "nobody"; None if there is no trained head.
         truncated: The task was cut.
         empty: The task has no content.
@@ -79,6 +83,41 @@ class Signals(NamedTuple):
     empty: bool
 
 
+class Likelihoods:
+    """How likely a language model finds each agent's name behind a prompt with the task in it.
+
+    Whatever the task says, what comes out are numbers for these names: it can ask for an agent, but not for anything
+    else.
+
+    Attributes:
+        empty: (agents,) float64, of an empty task.
+    """
+
+    def __init__(self, generator: Generator, prompt: str, names: Sequence[str]) -> None:
+        """Ask once for no task.
+
+        Args:
+            generator: The language model.
+            prompt: ``{task}`` stands for the task.
+            names: Of the agents.
+        """
+        self._generator = generator
+        self._before, _, self._after = prompt.partition("{task}")
+        self._names = [f" {name}" for name in names]
+        taken = sum(generator.count(text) for text in (self._before, self._after, *self._names))
+        self._most = min(_PROMPTED, generator.longest - taken)
+        if self._most < 1:
+            raise InputError(f"{len(names)} agents leave no room for a task. Give fewer, or use another strategy.")
+        self.empty = self.of("")[0]
+
+    def of(self, task: str) -> tuple[NDArray[np.float64], bool]:
+        """(agents,) logarithms of probabilities, and whether the task was cut."""
+        text = " ".join(task.split())
+        cut = self._generator.cut(text, self._most)
+        prompt = f"{self._before}{cut}{self._after}"
+        return self._generator.likelihoods(prompt, self._names, self._before.rstrip()), len(cut) < len(text)
+
+
 class Router:
     """Routes tasks to agents. Thread-safe: ``route`` may run from many threads."""
 
@@ -90,14 +129,17 @@ class Router:
         strategy: str = "hybrid",
         encoder: Encoder | None = None,
         head: Head | None = None,
+        generator: Generator | None = None,
     ) -> None:
         """Assemble a router from its parts; :meth:`load` does so from a bundle.
 
         Args:
             agents: The agents to choose between.
-            calibration: By strategy, for ``keyword``, ``embedding`` and ``hybrid``.
+            calibration: By strategy, for ``keyword``, ``embedding`` and ``hybrid``; for ``generate`` that of the
+                generator.
             strategy: One of ``STRATEGIES``.
-            encoder: Needed by every strategy but ``keyword``.
+            encoder: Needed by every strategy but ``keyword`` and ``generate``.
+            generator: Needed by the strategy ``generate``.
             head: Trained prototypes in the order of ``agents``; None makes prototypes of the
                 agents' descriptions and examples.
 
@@ -107,7 +149,9 @@ class Router:
         check_strategy(strategy)
         if not agents:
             raise InputError("a router needs at least one agent. Give a list of agents.")
-        if encoder is None and strategy != "keyword":
+        if generator is None and strategy == "generate":
+            raise InputError("the strategy 'generate' needs a generator. Give one, or use another strategy.")
+        if encoder is None and strategy not in ("keyword", "generate"):
             raise InputError(f"the strategy {strategy!r} needs an encoder. Give one, or use the strategy 'keyword'.")
         self.agents = check_agents(agents)
         self.strategy = strategy
@@ -115,6 +159,11 @@ class Router:
         self.encoder = encoder
         self._rules = KeywordRules(self.agents)
         self._head = head
+        self._likelihoods: Likelihoods | None = None
+        self._prior = 0.0
+        if generator is not None and strategy == "generate":
+            self._likelihoods = Likelihoods(generator, generator.prompt, [agent.name for agent in self.agents])
+            self._prior = generator.prior
         self._prototypes: NDArray[np.float32] | None = None  # (agents, prototypes an agent, dim)
         if encoder is not None:
             self._prototypes = prototypes(encoder, self.agents)[:, None] if head is None else head.prototypes
@@ -138,7 +187,8 @@ class Router:
             bundle: Folder, zip file or opened bundle; None for the one that comes with the package.
             agents: Agents of your own instead of the bundle's: a TOML or JSON file, a folder of
                 Markdown agent files, or a list. No training is needed.
-            strategy: ``hybrid``, ``embedding``, ``keyword`` or ``keyword-first``.
+            strategy: ``hybrid``, ``embedding``, ``keyword`` or ``keyword-first``; or ``generate``, for a bundle of a
+                causal language model: by the likelihood of each agent's name behind the task. It runs on the CPU.
             variant: Id of the bundle's variant to run; None for what suits the device.
             device: ``auto``, ``cpu`` or another provider; as for :meth:`edge.Encoder.load`, and so are
             threads: threads for one task,
@@ -155,6 +205,18 @@ class Router:
         custom: Sequence[Agent] | None
         custom = load_agents(agents) if isinstance(agents, (str, Path)) else agents
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        if strategy == "generate":
+            if device not in ("auto", "cpu"):
+                raise InputError(f"the strategy 'generate' runs on the CPU, not on {device}. Leave the device out.")
+            from edge.generate import Generator  # which other strategies do without
+
+            generator = Generator.load(opened, generator=variant, threads=threads)
+            return cls(
+                opened.agents if custom is None else custom,
+                {"generate": generator.calibration},
+                strategy=strategy,
+                generator=generator,
+            )
         encoder = None
         if strategy != "keyword":
             encoder = Encoder.load(opened, variant=variant, device=device, threads=threads, strict=strict, use=use)
@@ -200,9 +262,12 @@ class Router:
         text = clean(task[:MAX_CHARACTERS])
         truncated = len(task) > MAX_CHARACTERS
         matches = self._rules.match(text)
+        if self._likelihoods is not None:
+            found, cut = self._likelihoods.of(text)
+            said = (found + self._prior * self._likelihoods.empty).astype(np.float32)
+            return Signals(matches, None, said, 0.0, truncated or cut, not _has_content(text))
         if self.encoder is None or self._prototypes is None:
-            empty = not any(character.isprintable() and not character.isspace() for character in text)
-            return Signals(matches, None, None, None, truncated, empty)
+            return Signals(matches, None, None, None, truncated, not _has_content(text))
         tokens = self.encoder.tokenize(text)
         vector = self.encoder.encode_tokens(tokens)
         # As one matrix: numpy takes five times as long over a stack of small ones.
@@ -223,7 +288,9 @@ class Router:
         embeddings break ties and take the tasks that no keyword matched.
         """
         check_strategy(strategy)
-        if signals.cosine is None and strategy != "keyword":
+        if strategy == "generate" and self._likelihoods is None:
+            raise InputError("the strategy 'generate' needs a generator. Load the router with that strategy.")
+        if signals.cosine is None and strategy not in ("keyword", "generate"):
             raise InputError(f"the strategy {strategy!r} needs an encoder. Load the router with another strategy.")
         method = strategy
         if strategy == "keyword-first":
@@ -251,10 +318,14 @@ class Router:
             method="abstain" if abstains else method,
             confidence=0.0 if signals.empty else confidence,
             margin=0.0 if signals.empty or len(places) == 1 else confidence - shares[places[1]],
-            matched=() if method == "embedding" else signals.matches.phrases[top],
+            matched=() if method in ("embedding", "generate") else signals.matches.phrases[top],
             ranking=tuple([Ranked(self.agents[i].name, shares[i], cosines[i]) for i in places]),
             truncated=signals.truncated,
         )
+
+
+def _has_content(text: str) -> bool:
+    return any(character.isprintable() and not character.isspace() for character in text)
 
 
 def probabilities(signals: Signals, calibration: Calibration) -> NDArray[np.float64]:

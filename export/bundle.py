@@ -31,7 +31,7 @@ from export.calibrate import UNCALIBRATED, Routed, calibrate
 from export.checkpoint import Checkpoint, Head
 from export.coreml import LENGTHS, MINIMUM_OS, PACKAGES, About, convert
 from export.errors import CheckpointError, ParityError, ToolchainError
-from export.generator import export_generator
+from export.generator import calibrate_generator, check_generating, export_generators
 from export.mil import MilProgram
 from export.onnx import export_fp32, weights_path
 from export.parity import (
@@ -118,7 +118,7 @@ def build_bundle(
         variants: Which graphs and CoreML packages to ship, of ``VARIANTS`` and ``PACKAGES``; the last
             graph is the default. ``auto`` alone measures all graphs on this machine, ships those that no
             other beats in size, time and cosine, and makes the quickest the default.
-        generate: Ship a generating graph as well; the checkpoint must be a causal language model.
+        generate: Ship generating graphs as well; the checkpoint must be a causal language model.
         labelled: Tasks to calibrate on and to judge variants by; without any, confidences are
             marked as uncalibrated.
         labelled_name: What the manifest calls them.
@@ -142,7 +142,9 @@ def build_bundle(
     search = tuple(variants) == (AUTO,)
     wanted = tuple(VARIANTS) if search else tuple(variant for variant in variants if variant in VARIANTS)
     packages = tuple(variant for variant in variants if variant in PACKAGES)
-    _check(checkpoint, agents, generate, labelled, like, packages)
+    _check(checkpoint, agents, labelled, like, packages)
+    if generate:
+        check_generating(checkpoint, wanted)
     reports: list[Report] = []
     steps = tqdm(total=4 + 2 * len({"fp32", *wanted, *packages}) + generate, disable=quiet, unit="step")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -187,8 +189,8 @@ def build_bundle(
         passed = [r.stage for r in reports if r.stage != NETWORK and not r.failures]
         generators = []
         if generate:
-            step("export generator")
-            generators.append(export_generator(checkpoint, work))
+            step("export generators")
+            generators += export_generators(checkpoint, work, [name for name in wanted if name in passed])
         step("goldens and calibration")
         _write_parts(work, checkpoint, agents)
         manifest = _manifest(work, checkpoint, identity, passed, reports, gates, generators)
@@ -203,6 +205,10 @@ def build_bundle(
                 )
             elif like is not None:
                 _take_over(entry, like)
+        for listed in manifest["generators"] if labelled else ():
+            steps.set_description(f"calibrate generator {listed['id']}")
+            calibrate_generator(Bundle.open(work), listed, labelled, [agent.name for agent in agents])
+            listed["calibrated_on"] = labelled_name or str(len(labelled))
         if labelled:
             reports = [judge(r, routed, "fp32", gates.maximum_drop, r.stage in PACKAGES) for r in reports]
             if not search:
@@ -284,7 +290,6 @@ def check_arguments(
 def _check(
     checkpoint: Checkpoint,
     agents: Sequence[Agent],
-    generate: bool,
     labelled: Sequence[Labelled],
     like: Bundle | None,
     packages: Sequence[str],
@@ -303,11 +308,6 @@ def _check(
         raise InputError(
             f"{like.path}: its confidence is calibrated for another kind of head than the checkpoint has. Calibrate "
             "anew with --eval."
-        )
-    if generate and checkpoint.language_model is None:
-        raise CheckpointError(
-            f"{checkpoint.folder}: is no causal language model with its output layer, so it cannot generate. Leave "
-            "--task generate out."
         )
 
 

@@ -56,7 +56,7 @@ def calibrate(signals: Sequence[Signals], rows: Sequence[Labelled], agents: Sequ
         features = features[:, :-1]
     result: dict[str, Calibration] = {}
     for strategy, used in _FEATURES.items():
-        weights = fit(features, label, [*used, 3] if with_rest else list(used), signed=3)
+        weights = fit(features, label, [*used, 3] if with_rest else list(used), signed=(3,))
         rest = float(weights[3]) if with_rest else None
         fitted = Calibration(float(weights[0]), float(weights[1]), float(weights[2]), rest, 0.0)
         if strategy == "hybrid" and trained:
@@ -67,6 +67,50 @@ def calibrate(signals: Sequence[Signals], rows: Sequence[Labelled], agents: Sequ
             threshold = _threshold(confidence[inside], confidence[~inside])
         result[strategy] = fitted._replace(threshold=round(threshold, 4))
     return result
+
+
+def calibrate_likelihoods(
+    likelihoods: NDArray[np.float64], empty: NDArray[np.float64], rows: Sequence[Labelled], agents: Sequence[str]
+) -> tuple[float, Calibration]:
+    """Fit how a language model's likelihoods of the agents' names become probabilities.
+
+    What it says of no task at all is taken off, by a weight of its own: some names are likely whatever the task
+    (contextual calibration, Zhao et al. 2021, arXiv:2102.09690).
+
+    Args:
+        likelihoods: (tasks, agents) logarithms, of each row's task.
+        empty: (agents,) the same of an empty task.
+        rows: The labelled tasks; ``none`` marks those out of scope.
+        agents: Names in the router's order.
+
+    Returns:
+        The weight of ``empty`` beside a task's likelihood of weight 1, and the calibration; its ``cosine`` is the
+        weight of their sum.
+    """
+    position = {name: i for i, name in enumerate([*agents, OUT_OF_SCOPE])}
+    label = np.array([position[row.agent] for row in rows])
+    inside = label < len(agents)
+    features = np.zeros((len(rows), len(agents) + 1, 3))
+    features[:, :-1, 0], features[:, :-1, 1], features[:, -1, 2] = likelihoods, empty, 1
+    with_rest = bool((~inside).any())
+    if not with_rest:
+        features = features[:, :-1]
+    scale = max(float(np.abs(features[:, :, :2]).mean()), 1e-9)  # Newton's steps are for features of about this size
+    features[:, :, :2] /= scale
+    weights = fit(features, label, [0, 1, 2] if with_rest else [0, 1], signed=(1, 2))
+    weight = float(weights[0]) / scale
+    if weight <= 0:  # it knows nothing of the tasks
+        return 0.0, Calibration(0.0, 0.0, 0.0, None, 0.0)
+    prior = float(weights[1] / weights[0])
+    rest = float(weights[2]) if with_rest else None
+    fitted = Calibration(weight, 0.0, 0.0, rest, 0.0)
+    logits = weight * (likelihoods + prior * empty)
+    highest = np.maximum(logits.max(axis=1), -np.inf if rest is None else rest)
+    shares = np.exp(logits - highest[:, None])
+    total = shares.sum(axis=1) + (0.0 if rest is None else np.exp(rest - highest))
+    confidence = shares.max(axis=1) / total
+    threshold = _threshold(confidence[inside], confidence[~inside]) if with_rest else 0.0
+    return prior, fitted._replace(threshold=round(threshold, 4))
 
 
 def _threshold(inside: NDArray[np.float64], outside: NDArray[np.float64]) -> float:
@@ -142,7 +186,7 @@ def _features(signal: Signals) -> NDArray[np.float64]:
 
 
 def fit(
-    features: NDArray[np.floating], label: NDArray[np.int64], used: list[int], signed: int | None = None
+    features: NDArray[np.floating], label: NDArray[np.int64], used: list[int], signed: Sequence[int] = ()
 ) -> NDArray[np.float64]:
     """Maximum-likelihood weights of the evidence for each of several answers, by Newton's method.
 
@@ -150,7 +194,7 @@ def fit(
         features: (n, answers, columns).
         label: (n,): the right answer.
         used: The columns that may have a weight.
-        signed: The one whose weight may be negative.
+        signed: Those whose weights may be negative.
 
     Returns:
         (columns,), 0 for those that are not used.
@@ -171,7 +215,9 @@ def fit(
             if length < 1e-9:
                 break
             weights += step * min(1.0, 5.0 / length)
-        negative = [column for column, weight in zip(active, weights, strict=True) if weight < 0 and column != signed]
+        negative = [
+            column for column, weight in zip(active, weights, strict=True) if weight < 0 and column not in signed
+        ]
         if not negative:
             full = np.zeros(features.shape[-1])
             full[active] = weights

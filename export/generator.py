@@ -1,85 +1,103 @@
-"""The generating graph of a causal language model: optimum's export with a key/value cache."""
+"""The generating graphs of a causal language model: made of its embedding graphs, proven, calibrated."""
 
 from __future__ import annotations
 
-import tempfile
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from edge.bundle import Bundle, Calibration
+from edge.evaluate import Labelled
+from edge.generate import Generator
+from edge.router import Likelihoods
+from export.calibrate import calibrate_likelihoods
 from export.checkpoint import Checkpoint
-from export.errors import ParityError, ToolchainError
-from export.onnx import quiet, save_with_weights
+from export.decoder import Cache, cache_of, is_decoder, write_generator
+from export.errors import CheckpointError, ParityError
+from export.onnx import quiet
 from export.parity import parity_texts
+from export.variants import VARIANTS
 
+GENERATING = ("fp32", "int8-weights", "int4-weights")  # variants whose graphs can generate
 STEPS = 4  # tokens generated one by one, each from the cache of the ones before
+PROMPT = "Route: {task}\nAgent:"  # the origin's
+_MOST = 600  # labelled tasks that a generator is calibrated on; each takes as long as an embedding, and more
+UNCALIBRATED = Calibration(1.0, 0.0, 0.0, None, 0.0)
 
 
-def export_generator(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
-    """Write ``generator.fp32.onnx`` and prove it: the same next tokens as the network's, step by step.
-
-    Inputs ``input_ids``, ``attention_mask``, ``position_ids`` and for each layer
-    ``past_key_values.N.key`` and ``.value`` (batch, kv_heads, past, head_dim) float32; outputs
-    ``logits`` (batch, tokens, vocabulary) and ``present.N.key``, ``present.N.value``.
-
-    Returns:
-        The manifest's entry, files by name.
+def check_generating(checkpoint: Checkpoint, variants: Sequence[str]) -> None:
+    """Refuse what cannot generate before anything takes time.
 
     Raises:
-        ParityError: A next token differs.
-        ToolchainError: optimum gave a graph of other inputs.
+        CheckpointError: It is no causal language model that these variants are made of.
+    """
+    if checkpoint.language_model is None:
+        raise CheckpointError(
+            f"{checkpoint.folder}: is no causal language model with its output layer, so it cannot generate. Leave "
+            "--task generate out."
+        )
+    if not is_decoder(checkpoint.encoder()) or not any(variant in GENERATING for variant in variants):
+        raise CheckpointError(
+            f"{checkpoint.folder}: only Llama- and Qwen2-like models with SiLU that are pooled by the mean or the last "
+            f"token generate, as {', '.join(GENERATING)}. Ask for one of these, or leave --task generate out."
+        )
+
+
+def export_generators(checkpoint: Checkpoint, folder: Path, variants: Sequence[str]) -> list[dict[str, Any]]:
+    """Make a generating graph of each embedding graph that can, and hold its greedy tokens against the network's.
+
+    The graphs share the weights of ``model.VARIANT.bin``; only an output layer of its own is added to that file.
+
+    Returns:
+        The manifest's entries, files by name.
+
+    Raises:
+        ParityError: The fp32 graph gives another next token.
     """
     network = checkpoint.language_model
     assert network is not None
-    config = network.config
-    from optimum.exporters.onnx import main_export
-
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".generator.") as name:
-        source, raw = Path(name, "model"), Path(name, "onnx")
-        with quiet("optimum's export of the generating graph"):
-            network.save_pretrained(source)
-            checkpoint.tokenizer.save(str(source / "tokenizer.json"))
-            main_export(
-                str(source), output=raw, task="text-generation-with-past", no_post_process=True, do_validation=False
+    cache = cache_of(network)
+    end = network.config.eos_token_id
+    entries = []
+    for variant in variants:
+        if variant not in GENERATING:
+            continue
+        path = folder / f"generator.{variant}.onnx"
+        write_generator(folder / f"model.{variant}.onnx", path, network)
+        texts, different = prove_generator(checkpoint, path, cache)
+        if different and variant == "fp32":
+            raise ParityError(
+                f"the generator gives other next tokens than the network for {different[0]!r}. No bundle was written. "
+                "Leave --task generate out.",
+                f"generator: {texts - len(different)} of {texts} texts give the same {STEPS} tokens",
             )
-        graph = onnx.load(raw / "model.onnx")
-        path = folder / "generator.fp32.onnx"
-        save_with_weights(graph, path)
-    names = {value.name for value in graph.graph.input}
-    layers = int(config.num_hidden_layers)
-    wanted = {"input_ids", "attention_mask", "position_ids"}
-    wanted |= {f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")}
-    if names != wanted:
-        raise ToolchainError(f"the generator's inputs are {sorted(names)[:4]} ... Install the tested optimum-onnx.")
-    end = config.eos_token_id
-    entry: dict[str, Any] = {
-        "id": "fp32",
-        "model": path.name,
-        "weights": path.with_suffix(".bin").name,
-        "precision": "float32 weights and activations",
-        "layers": layers,
-        "kv_heads": int(config.num_key_value_heads),
-        "head_dim": int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
-        "end_ids": [] if end is None else [end] if isinstance(end, int) else list(end),
-    }
-    texts, different = prove_generator(checkpoint, path, layers, entry["kv_heads"], entry["head_dim"])
-    if different:
-        raise ParityError(
-            f"the generator gives other next tokens than the network for {different[0]!r}. No bundle was written. "
-            "Leave --task generate out.",
-            f"generator: {texts - len(different)} of {texts} texts give the same {STEPS} tokens",
+        entries.append(
+            {
+                "id": variant,
+                "model": path.name,
+                "weights": f"model.{variant}.bin",
+                "precision": VARIANTS[variant].precision,
+                "layers": cache.layers,
+                "kv_heads": cache.heads,
+                "head_dim": cache.values,
+                "end_ids": [] if end is None else [end] if isinstance(end, int) else list(end),
+                "prompt": PROMPT,
+                "prior": 0.0,
+                "calibration": UNCALIBRATED._asdict(),
+                "calibrated_on": None,
+                "parity": {"texts": texts, "tokens_a_text": STEPS, "equal": 1 - len(different) / texts},
+            }
         )
-    return entry | {"parity": {"texts": texts, "tokens_a_text": STEPS, "equal": 1.0}}
+    return entries
 
 
-def prove_generator(
-    checkpoint: Checkpoint, path: Path, layers: int, kv_heads: int, head_dim: int
-) -> tuple[int, list[str]]:
+def prove_generator(checkpoint: Checkpoint, path: Path, cache: Cache) -> tuple[int, list[str]]:
     """Hold a generating graph against the network: greedy tokens of the exporter's tasks, step by step.
 
     Returns:
@@ -90,34 +108,47 @@ def prove_generator(
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         return len(texts), [
             text
-            for text, row in zip(texts, checkpoint.tokenize(texts, 64), strict=True)
-            if next_tokens(session, row, layers, kv_heads, head_dim, STEPS)
-            != _network_tokens(checkpoint.language_model, row)
+            for text, row in zip(texts, checkpoint.tokenize(texts, min(64, checkpoint.max_length - STEPS)), strict=True)
+            if next_tokens(session, row, cache, STEPS) != _network_tokens(checkpoint.language_model, row)
         ]
 
 
-def next_tokens(
-    session: ort.InferenceSession, row: list[int], layers: int, kv_heads: int, head_dim: int, count: int
-) -> list[int]:
+def calibrate_generator(
+    bundle: Bundle, listed: dict[str, Any], labelled: Sequence[Labelled], names: Sequence[str]
+) -> None:
+    """Fit how likelihoods become probabilities, on labelled tasks spread over the file."""
+    rows = [labelled[i] for i in np.unique(np.linspace(0, len(labelled) - 1, min(_MOST, len(labelled))).astype(int))]
+    likelihoods = Likelihoods(Generator.load(bundle, generator=listed["id"]), listed["prompt"], names)
+    found = np.stack([likelihoods.of(row.task)[0] for row in rows])
+    prior, calibration = calibrate_likelihoods(found, likelihoods.empty, rows, names)
+    listed["prior"] = round(prior, 5)
+    listed["calibration"] = {
+        key: None if value is None else round(value, 5) for key, value in calibration._asdict().items()
+    }
+
+
+def next_tokens(session: ort.InferenceSession, row: list[int], cache: Cache, count: int) -> list[int]:
     """The ``count`` greedy next tokens of a generating graph, each step fed with the last token and the cache."""
+    names = [f"{i}.{kind}" for i, kind in itertools.product(range(cache.layers), ("key", "value"))]
     past: dict[str, NDArray[np.float32]] = {
-        f"past_key_values.{i}.{kind}": np.zeros((1, kv_heads, 0, head_dim), dtype=np.float32)
-        for i in range(layers)
-        for kind in ("key", "value")
+        f"past.{name}": np.zeros((1, cache.heads, 0, cache.values), dtype=np.float32) for name in names
     }
     outputs = [output.name for output in session.get_outputs()]
-    ids, seen, tokens = np.array([row], dtype=np.int64), 0, []
+    ids, seen, tokens = row, 0, list[int]()
     for _ in range(count):
-        total = seen + ids.shape[1]
+        total = seen + len(ids)
         feed = {
-            "input_ids": ids,
-            "attention_mask": np.ones((1, total), dtype=np.int64),
+            "input_ids": np.array([ids], dtype=np.int64),
             "position_ids": np.arange(seen, total, dtype=np.int64)[None],
+            "attention_bias": np.zeros((1, 1, len(ids), total), dtype=np.float32),
+            "lengths": np.array([total - 1], dtype=np.int32),
+            "total": np.array(total, dtype=np.int32),
+            "rows": np.array([len(ids) - 1], dtype=np.int64),
         }
         values = dict(zip(outputs, session.run(None, feed | past), strict=True))
-        tokens.append(int(values["logits"][0, -1].argmax()))
-        past = {name.replace("present", "past_key_values"): v for name, v in values.items() if name != "logits"}
-        ids, seen = np.array([[tokens[-1]]], dtype=np.int64), total
+        tokens.append(int(values["logits"][0].argmax()))
+        past = {f"past.{name}": values[f"present.{name}"] for name in names}
+        ids, seen = [tokens[-1]], total
     return tokens
 
 

@@ -46,6 +46,14 @@ def export_fp32(model: SentenceEncoder, path: Path) -> dict[str, int]:
     """
     from onnx_ir import save
 
+    from export.decoder import export_decoder, is_decoder  # which is built on this module
+
+    if is_decoder(model):
+        export_decoder(model, path)
+        graph = onnx.load(path, load_external_data=False)
+        assert_symbolic(graph)
+        counts = operators(graph)
+        return {name: counts[name] for name in ("GroupQueryAttention", "SkipSimplifiedLayerNormalization")}
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
     # Neither axis of the example may be 1: torch.export would take it for a constant.
     example = (torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64))

@@ -152,11 +152,13 @@ class Inputs:
     def of_checkpoint(cls, checkpoint: Checkpoint, longest: int | None = None) -> Inputs:
         """Padding comes on the left as well where a network numbers its positions by the mask.
 
+        Not so for decoders: their quantised graphs make much of the least difference in the first tokens.
+
         Texts are cut to ``longest`` tokens where that is less than the checkpoint's own limit.
         """
         limit = min(checkpoint.max_length, longest or checkpoint.max_length)
         kind = checkpoint.backbone.config.model_type
-        sides = ("right",) if kind in ("bert", "distilbert") else ("right", "left")
+        sides = ("right",) if kind in ("bert", "distilbert", "qwen2", "llama") else ("right", "left")
         return cls.of(lambda texts: checkpoint.tokenize(texts, limit), limit, checkpoint.padding, sides)
 
     @classmethod

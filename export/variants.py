@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edge.session import NOT_FUSED
+from export.decoder import quantise_table
 from export.errors import ToolchainError
 from export.onnx import INPUTS, assert_symbolic, operators, quiet, save_with_weights
 
 _REMEDY = "Install the tested onnxruntime."
+_DECODERS_BLOCK = 32  # weights that share a scale in decoders, whose activations have outliers
 _MOST_KEPT = 3  # down-projections left in fp32 at most; further ones bring little for their bytes
 Ids = Sequence[Sequence[int]]
 Make = Callable[[Path, Path, int, Ids], None]
@@ -163,12 +165,16 @@ def weights_only(bits: int, block: int, symmetric: bool, down_bits: int | None =
 
         graph = onnx.load(source)
         products, down = _products(graph)
-        if table_bits == 8:
+        decoder = operators(graph)["GroupQueryAttention"] > 0
+        size = min(block, _DECODERS_BLOCK) if decoder else block
+        if table_bits == 8 and decoder:
+            quantise_table(graph)  # so that an output layer can share it
+        elif table_bits == 8:
             _quantise_table(graph)
         rest = [node.name for node in products if node.name not in down]
         rounds = [(bits, [])] if down_bits is None else [(bits, down), (down_bits, rest)]
         for width, exclude in rounds:
-            config = DefaultWeightOnlyQuantConfig(block, symmetric, accuracy_level=4, bits=width)
+            config = DefaultWeightOnlyQuantConfig(size, symmetric, accuracy_level=4, bits=width)
             with quiet("weight-only quantisation"):
                 quantiser = MatMulNBitsQuantizer(graph, nodes_to_exclude=list(exclude), algo_config=config)
                 quantiser.process()
@@ -218,7 +224,7 @@ VARIANTS: dict[str, Variant] = {
         int8_static,
     ),
     "int8-weights": Variant(
-        "int8 weights in blocks of 128, float32 activations, int8 embedding rows",
+        "int8 weights in blocks of 128 (decoders: 32), float32 activations, int8 embedding rows",
         0.998,
         0.99,
         weights_only(8, 128, False),

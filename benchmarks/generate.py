@@ -1,0 +1,254 @@
+"""A language model's bundle: time, memory, and the same answers? With --llama beside llama.cpp on the same file.
+
+    python -m benchmarks.generate FILE.gguf [--bundle DIR] [--llama PYTHON] [--threads 2] [--continuations N]
+
+PYTHON is an interpreter that has llama-cpp-python. Without --bundle the file is exported first (fp32, int8-weights and
+int4-weights, with generating graphs). Both sides get the same texts in turn, each in a process of its own; ratios are
+of medians of one session. llama.cpp reads the tokens of a text that is embedded here, which is what its embedding mode
+does. "One decision" is `strategy="generate"` here, and there an answer of 8 tokens, as the origin asks for it.
+Continuations are 16 greedy tokens, held against the dequantised network in fp32. Memory is that of a process that has
+loaded variant and generator and answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edge import Bundle, Encoder, Generator
+from edge.device import detect
+from export.checkpoint import Checkpoint, load_checkpoint
+from export.cli import main as export
+from export.parity import parity_texts
+
+ROUNDS = 25
+TOKENS = 15  # of a text that is embedded
+STEPS = 16  # of a continuation
+
+_LLAMA = """
+import json, resource, sys, time
+from llama_cpp import Llama
+path, threads = sys.argv[1], int(sys.argv[2])
+start = time.perf_counter()
+common = {"n_threads": threads, "n_threads_batch": threads, "n_ctx": 512, "verbose": False}
+writer = Llama(path, **common)
+print(json.dumps({"load": time.perf_counter() - start}), flush=True)
+for line in sys.stdin:
+    wanted = json.loads(line)
+    start = time.perf_counter()
+    if "embed" in wanted:
+        writer.reset()
+        writer.eval(writer.tokenize(wanted["embed"].encode(), add_bos=False, special=False))
+        found = None
+    elif "complete" in wanted:
+        writer.reset()
+        found = writer(wanted["complete"], max_tokens=wanted["tokens"], temperature=0)["choices"][0]["text"]
+    else:
+        found = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+    print(json.dumps({"seconds": time.perf_counter() - start, "found": found}), flush=True)
+"""
+
+_OURS = """
+import json, resource, sys, time
+import numpy as np
+from edge import Encoder, Generator, Router
+path, variant, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+start = time.perf_counter()
+encoder = Encoder.load(path, variant=variant, threads=threads, device="cpu")
+router = Router.load(path, strategy="generate", variant=variant, threads=threads)
+writer = Generator.load(path, generator=variant, threads=threads) if len(sys.argv) > 4 else None
+print(json.dumps({"load": time.perf_counter() - start}), flush=True)
+for line in sys.stdin:
+    wanted = json.loads(line)
+    start = time.perf_counter()
+    if "embed" in wanted:
+        found = encoder.encode([wanted["embed"]])[0].tolist()
+    elif "route" in wanted:
+        found = router.route(wanted["route"]).ranking[0].id
+    else:
+        found = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+    print(json.dumps({"seconds": time.perf_counter() - start, "found": found}), flush=True)
+"""
+
+
+class Worker:
+    """A process that answers one question a line."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.load = float(self._read()["load"])
+
+    def ask(self, **wanted: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(wanted) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+
+def texts_of(checkpoint: Checkpoint, count: int) -> list[str]:
+    """Texts of exactly so many tokens, cut from the exporter's tasks, one after another."""
+    ids = [token for row in checkpoint.tokenize(parity_texts("tasks")) for token in row]
+    found = []
+    for start in range(0, len(ids) - TOKENS, 5):
+        text = checkpoint.tokenizer.decode(ids[start : start + TOKENS])
+        if len(checkpoint.tokenizer.encode(text).ids) == TOKENS:
+            found.append(text)
+    return (found * count)[:count]
+
+
+def short_tasks() -> list[str]:
+    """The exporter's tasks, but for those that are long on purpose."""
+    return [task for task in parity_texts("tasks") if len(task) < 300]
+
+
+def race(bundle: Path, variant: str, llama: Worker | None, texts: list[str], threads: int) -> dict[str, Any]:
+    """Both sides in turn; ratios of medians."""
+    ours = Worker([sys.executable, "-c", _OURS, str(bundle), variant, str(threads)])
+    times: dict[str, list[float]] = {"embed": [], "their embed": [], "route": [], "their route": []}
+    for text in texts:
+        times["embed"].append(ours.ask(embed=text)["seconds"])
+        if llama is not None:
+            times["their embed"].append(llama.ask(embed=text)["seconds"])
+    for task in (short_tasks() * ROUNDS)[: len(texts)]:
+        times["route"].append(ours.ask(route=task)["seconds"])
+        if llama is not None:
+            answer = llama.ask(complete=f"Route: {task}\nAgent:", tokens=8)
+            times["their route"].append(answer["seconds"])
+    rss = ours.ask(rss=True)["found"]
+    ours.close()
+    middle = {name: statistics.median(values) * 1e3 for name, values in times.items() if values}
+    return {
+        "variant": variant,
+        **{name: round(value, 2) for name, value in middle.items()},
+        **{
+            f"{name}_ratio": round(middle[name] / middle[f"their {name}"], 3)
+            for name in ("embed", "route")
+            if llama is not None
+        },
+        "load": round(ours.load, 2),
+        "rss_mb": round(rss / 1e6),
+    }
+
+
+@torch.no_grad()
+def greedy(checkpoint: Checkpoint, ids: list[int], end: tuple[int, ...]) -> list[int]:
+    """The network's own continuation."""
+    network, found = checkpoint.language_model, list(ids)
+    past = None
+    fed = torch.tensor([ids])
+    for _ in range(STEPS):
+        answer = network(input_ids=fed, past_key_values=past, use_cache=True)
+        past = answer.past_key_values
+        token = int(answer.logits[0, -1].argmax())
+        if token in end:
+            break
+        found.append(token)
+        fed = torch.tensor([[token]])
+    return found[len(ids) :]
+
+
+def main() -> int:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("file", type=Path, metavar="FILE.gguf")
+    parser.add_argument("--llama", metavar="PYTHON")
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--continuations", type=int, default=50, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = options.bundle or Path(name, "bundle")
+        started = time.monotonic()
+        if options.bundle is None:
+            arguments = ["--task", "embed,generate", "--variants", "fp32,int8-weights,int4-weights", "--quiet"]
+            arguments += ["--minimum-cosine", "int4-weights=0.8", "--minimum-cosine", "int8-weights=0.98"]
+            assert export(["bundle", str(options.file), "--out", str(folder), *arguments]) == 0
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            print(f"exported in {time.monotonic() - started:.0f} s, peak memory {peak:.1f} GB")
+        return measure(options, folder)
+
+
+def measure(options: argparse.Namespace, folder: Path) -> int:
+    """On a bundle that is there."""
+    checkpoint = load_checkpoint(options.file)
+    bundle = Bundle.open(folder)
+    texts = texts_of(checkpoint, ROUNDS)
+    device = detect()
+    print(f"{options.file.name}: {options.file.stat().st_size / 1e6:.0f} MB; {device.cpu}, {options.threads} threads")
+    llama = None
+    if options.llama is not None:
+        llama = Worker([options.llama, "-c", _LLAMA, str(options.file), str(options.threads)])
+    results = []
+    reference = np.stack([np.array(_unit(checkpoint, text)) for text in texts])
+    for generator in bundle.generators:
+        result = race(folder, generator.id, llama, texts, options.threads)
+        vectors = Encoder.load(bundle, variant=generator.id, device="cpu").encode(texts)
+        result["cosine_min"] = round(float((vectors * reference).sum(1).min()), 5)
+        result["mb"] = round(generator.weights.bytes / 1e6)
+        results.append(result)
+    if llama is not None:
+        rss = llama.ask(rss=True)["found"] / 1e6
+        print(f"llama.cpp: loads in {llama.load:.2f} s, {rss:.0f} MB\n")
+        llama.close()
+    if options.continuations:
+        prompts = [f"{before}{task}\nAgent:" for before in ("Route: ", "Task: ") for task in short_tasks()]
+        prompts = prompts[: options.continuations]
+        end = bundle.generators[0].end_ids
+        expected = [
+            checkpoint.tokenizer.decode(greedy(checkpoint, checkpoint.tokenizer.encode(prompt).ids, end))
+            for prompt in prompts
+        ]
+        for result in results:
+            writer = Generator.load(bundle, generator=result["variant"], threads=options.threads)
+            same = sum(
+                writer.generate(prompt, STEPS) == text.rstrip("\ufffd")
+                for prompt, text in zip(prompts, expected, strict=True)
+            )
+            result["same"] = f"{same} of {len(prompts)}"
+    print(
+        "| variant | MB | cosine to fp32, min | embed, ms | / llama.cpp | decide, ms | / llama.cpp's 8 tokens "
+        "| load, s | memory, MB | same continuations |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
+    for r in results:
+        print(
+            f"| {r['variant']} | {r['mb']} | {r['cosine_min']} | {r['embed']} | {r.get('embed_ratio', '-')} "
+            f"| {r['route']} | {r.get('route_ratio', '-')} | {r['load']} | {r['rss_mb']} | {r.get('same', '-')} |"
+        )
+    if options.json:
+        options.json.write_text(json.dumps({"machine": device.cpu, "threads": options.threads, "rows": results}) + "\n")
+    return 0
+
+
+@torch.no_grad()
+def _unit(checkpoint: Checkpoint, text: str) -> Any:
+    hidden = checkpoint.backbone(torch.tensor([checkpoint.tokenize([text])[0]])).last_hidden_state[0]
+    pooled = hidden[-1] if checkpoint.pooling == ("lasttoken",) else hidden.mean(0)
+    return torch.nn.functional.normalize(pooled, dim=0).numpy()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())
