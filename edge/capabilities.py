@@ -89,6 +89,10 @@ class Capabilities:
         """Put the parts together; use :meth:`load`."""
         self.entries = entries
         self.ecosystems = tuple(dict.fromkeys(ecosystem(name) for entry in entries for name in entry.ids))
+        self._has = {
+            name: np.array([any(ecosystem(other) == name for other in entry.ids) for entry in entries])
+            for name in self.ecosystems
+        }
         self._scorer = scorer
         self._encoder = encoder
 
@@ -140,15 +144,16 @@ class Capabilities:
         if not request.strip():
             return []
         logits = self._scorer.logits(request, self._encoder.encode([request])[0])
-        names = [_arranged(entry.ids, ecosystem) for entry in self.entries]
         if ecosystem is not None:
-            logits[[not ids for ids in names]] = -np.inf
+            logits[~self._has[ecosystem]] = -np.inf
         scores = np.exp(logits - logits.max())
         scores /= scores.sum()
-        best = np.argsort(-scores, kind="stable")[: min(k, sum(bool(ids) for ids in names))]
-        return [
-            Capability(names[i][0], float(scores[i]), self.entries[i].description, tuple(names[i][1:])) for i in best
-        ]
+        found = []
+        for i in np.argsort(-logits, kind="stable")[:k].tolist():
+            if np.isfinite(logits[i]):
+                first, *others = _arranged(self.entries[i].ids, ecosystem)
+                found.append(Capability(first, float(scores[i]), self.entries[i].description, tuple(others)))
+        return found
 
 
 def ecosystem(name: str) -> str:
@@ -167,11 +172,8 @@ def terms(text: str) -> list[int]:
 
 
 def _arranged(ids: tuple[str, ...], first: str | None) -> list[str]:
-    """The ids, that of an ecosystem first; none if it has none."""
-    if first is None:
-        return list(ids)
-    own = [name for name in ids if ecosystem(name) == first]
-    return own + [name for name in ids if name not in own] if own else []
+    """The ids, that of an ecosystem first."""
+    return sorted(ids, key=lambda name: first is not None and ecosystem(name) != first)
 
 
 def pack(scorer: Scorer) -> bytes:

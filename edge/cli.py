@@ -20,7 +20,7 @@ import onnxruntime
 from edge import __version__
 from edge.bundle import Bundle, Variant
 from edge.choice import LIMIT, USES
-from edge.cli_options import texts
+from edge.cli_options import count, texts
 from edge.encoder import Encoder
 from edge.errors import EdgeError, EdgeWarning, InputError
 from edge.providers import Candidate, Provider
@@ -158,7 +158,7 @@ def _parser(verb: str | None = None) -> argparse.ArgumentParser:
         "--bundle", metavar="DIR", required=True, help="bundle folder or zip file, of a language model"
     )
     generate.add_argument("--generator", metavar="ID", help="which of the bundle's (default: the last one)")
-    generate.add_argument("--max-tokens", type=_count, default=64, metavar="N", help="at most (default: 64)")
+    generate.add_argument("--max-tokens", type=count, default=64, metavar="N", help="at most (default: 64)")
     generate.add_argument("--threads", type=_threads, metavar="N", help="default: one a physical core")
     generate.add_argument("text", metavar="TEXT", help="what is continued")
     generate.set_defaults(run=_generate)
@@ -170,7 +170,7 @@ def _parser(verb: str | None = None) -> argparse.ArgumentParser:
         description="Find the capabilities of claude-flow, agentic-flow and ruvector that a request asks for: "
         "commands, agents, hooks, workers, skills, MCP tools, crates and others, with a probability for each.",
     )
-    capabilities.add_argument("-k", type=_count, default=5, metavar="N", help="how many (default: 5)")
+    capabilities.add_argument("-k", type=count, default=5, metavar="N", help="how many (default: 5)")
     capabilities.add_argument("--ecosystem", metavar="NAME", help="only what this one has (default: all)")
     capabilities.add_argument(
         "text", nargs="+", metavar="TEXT", help="a request; '-' reads requests from standard input, one a line"
@@ -242,12 +242,6 @@ def _threads(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_THREADS:
         raise argparse.ArgumentTypeError(f"must be a number from 1 to {MAX_THREADS}")
     return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text[:9]) < 1:
-        raise argparse.ArgumentTypeError("must be a whole number from 1")
-    return int(text[:9])
 
 
 def _seconds(text: str) -> float:
@@ -443,8 +437,8 @@ def _print_scores(options: argparse.Namespace, scores: list[Score]) -> None:
     for name, share in last.per_agent.items():
         print(f"  {name:<20}{share}  n = {share.n}")
     print(f"\nMost frequent confusions ({last.strategy}):")
-    for true, given, count in last.confusions[:10]:
-        print(f"  {count:>4}  {true} -> {given}")
+    for true, given, times in last.confusions[:10]:
+        print(f"  {times:>4}  {true} -> {given}")
 
 
 def _inspect(options: argparse.Namespace) -> int:

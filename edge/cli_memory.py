@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from edge.cli_options import texts
+from edge.cli_options import count, texts
 from edge.encoder import Encoder
 from edge.errors import InputError
 from edge.index import BACKENDS, RECALL, Index, check_recall
@@ -76,7 +76,7 @@ def fill_memory(parser: argparse.ArgumentParser) -> None:
         description="Find the records that fit a text best, by meaning, by words, or by both.",
     )
     search.add_argument("--namespace", default=NAMESPACE, metavar="NAME", help="part of the store; '*' is all of it")
-    search.add_argument("-k", type=_count, default=10, metavar="N", help="how many (default: 10)")
+    search.add_argument("-k", type=count, default=10, metavar="N", help="how many (default: 10)")
     search.add_argument("--mode", choices=MODES, default="hybrid", help="how (default: hybrid)")
     search.add_argument(
         "--where",
@@ -136,14 +136,14 @@ def fill_index(parser: argparse.ArgumentParser) -> None:
         "--ids", type=Path, metavar="FILE", help="ids of the rows of an .npy, one a line (default: 0, 1, ...)"
     )
     build.add_argument("--backend", choices=BACKENDS, default="auto", help="default: auto, by the number of vectors")
-    build.add_argument("--trees", type=_count, default=TREES, metavar="N", help=f"of Annoy (default: {TREES})")
+    build.add_argument("--trees", type=count, default=TREES, metavar="N", help=f"of Annoy (default: {TREES})")
     build.add_argument("--seed", type=int, default=0, metavar="N", help="of Annoy's choices (default: 0)")
     build.add_argument("--recall", type=float, default=RECALL, metavar="R", help=f"to tune for (default: {RECALL})")
     build.set_defaults(run=_index_build)
 
     search = verbs.add_parser("search", parents=[folder, bundle, as_json], help="find the nearest of a text or vector")
-    search.add_argument("-k", type=_count, default=10, metavar="N", help="how many (default: 10)")
-    search.add_argument("--effort", type=_count, metavar="N", help="candidates that Annoy looks at (default: as tuned)")
+    search.add_argument("-k", type=count, default=10, metavar="N", help="how many (default: 10)")
+    search.add_argument("--effort", type=count, metavar="N", help="candidates that Annoy looks at (default: as tuned)")
     search.add_argument(
         "text",
         nargs="+",
@@ -537,12 +537,6 @@ def _bar(what: str) -> Callable[[float], None] | None:
         print(f"\r\033[K{what} [{bar:<20}]", end="\n" if share >= 1 else "", file=sys.stderr, flush=True)
 
     return show
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:9]) <= 10**7:
-        raise argparse.ArgumentTypeError("must be a whole number from 1")
-    return int(text)
 
 
 def _metadata(text: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -19,3 +20,10 @@ def texts(arguments: Sequence[str]) -> Iterator[str]:
             raise InputError("standard input is closed. Pipe texts into it, or give them as arguments.")
         for number, line in enumerate(sys.stdin.buffer):
             yield line.decode("utf-8" if number else "utf-8-sig", "replace").rstrip("\r\n")
+
+
+def count(text: str) -> int:
+    """A whole number from 1, as an argument."""
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= 10**7:
+        raise argparse.ArgumentTypeError("must be a whole number from 1")
+    return int(text)

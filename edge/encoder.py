@@ -79,7 +79,7 @@ class Encoder:
         self.max_length = min(bundle.encoder.max_length, *lengths[-1:]) if lengths else bundle.encoder.max_length
         self._prompt = bundle.encoder.prompt
         self._backend = backend
-        self._tokenizer = _load_tokenizer(bundle) if tokenizer is None else tokenizer
+        self._tokenizer = load_tokenizer(bundle) if tokenizer is None else tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self.max_length)
         # What an empty text has: special tokens, and those of the prompt.
@@ -115,7 +115,7 @@ class Encoder:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         wish = Wish(variant, device, threads, strict, use)
         hash_ahead(opened, wish)
-        tokenizer = _load_tokenizer(opened)
+        tokenizer = load_tokenizer(opened)
         backend, chosen, placement = open_backend(opened, wish)
         return cls(opened, backend, tokenizer, chosen.lengths, placement, side_by_side(placement.candidate))
 
@@ -165,7 +165,12 @@ class Encoder:
         return list(self._pool.map(function, items))
 
 
-def _load_tokenizer(bundle: Bundle) -> Tokenizer:
+def load_tokenizer(bundle: Bundle) -> Tokenizer:
+    """A bundle's tokenizer.
+
+    Raises:
+        ManifestError: The installed tokenizers cannot load it.
+    """
     try:
         return Tokenizer.from_buffer(bundle.tokenizer)
     except Exception as error:  # tokenizers raises bare Exception

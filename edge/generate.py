@@ -10,13 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from edge.bundle import Bundle
 from edge.bundle import Generator as Listed
-from edge.encoder import clean
-from edge.errors import BackendError, BundleError, InputError, ManifestError
+from edge.encoder import clean, load_tokenizer
+from edge.errors import BackendError, BundleError, InputError
 
 _HIDDEN = -10000.0  # added to the attention's logits
 _STEP = 512  # tokens that are read at a time, so that memory does not grow with the square of a prompt's length
@@ -56,13 +55,7 @@ class Generator:
         self._lock = threading.Lock()
         self._shared: _Cache | None = None  # of what prompts begin with
         self._paths: dict[tuple[str, tuple[str, ...]], list[tuple[int, ...]]] = {}
-        try:
-            self._tokenizer = Tokenizer.from_buffer(bundle.tokenizer)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ManifestError(
-                f"{bundle.path}: the tokenizer cannot be loaded ({error}). Install a version of tokenizers from this "
-                "package's tested range."
-            ) from None
+        self._tokenizer = load_tokenizer(bundle)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A text that spells a control token is a text: nothing that is asked can end the prompt.

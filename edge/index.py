@@ -763,6 +763,22 @@ def _repeated(names: Iterable[str]) -> Iterator[str]:
         seen.add(name)
 
 
+def floats(vectors: ArrayLike) -> NDArray[np.float32]:
+    """Numbers as float32, contiguous; a copy. Rows that are too long for it are made shorter.
+
+    Raises:
+        TypeError, ValueError: They are no numbers, or rows of different lengths.
+    """
+    given = np.asarray(vectors)
+    if given.dtype.kind not in "fiub":
+        raise ValueError(given.dtype)
+    with np.errstate(over="ignore"):
+        rows = np.array(given, dtype=np.float32, order="C")
+        if not np.abs(rows).max(initial=0.0) < _LONG and np.isfinite(given).all():
+            rows = np.array(given / np.abs(given).max(axis=-1, keepdims=True), dtype=np.float32, order="C")
+    return rows
+
+
 def _unit(vectors: ArrayLike, what: str) -> NDArray[np.float32]:
     """Rows of unit length, float32, contiguous; a copy."""
     if isinstance(vectors, np.ndarray) and vectors.dtype == np.float32 and vectors.ndim == 1:  # a query, mostly
@@ -771,14 +787,7 @@ def _unit(vectors: ArrayLike, what: str) -> NDArray[np.float32]:
             row: NDArray[np.float32] = np.divide(vectors, np.float32(math.sqrt(square)), dtype=np.float32)
             return row
     try:
-        given = np.asarray(vectors)
-        if given.dtype.kind not in "fiub":
-            raise ValueError(given.dtype)
-        with np.errstate(over="ignore"):
-            rows = np.array(given, dtype=np.float32, order="C")
-            longest = np.abs(rows).max(initial=0.0)
-            if not longest < _LONG and np.isfinite(given).all():  # too long for float32, but not without direction
-                rows = np.array(given / np.abs(given).max(axis=-1, keepdims=True), dtype=np.float32, order="C")
+        rows = floats(vectors)
     except (TypeError, ValueError):
         raise InputError(f"{what} must be numbers, in rows of one length. Pass what Encoder.encode returns.") from None
     if rows.ndim not in (1, 2) or not rows.shape[-1]:

@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from edge.encoder import Encoder, clean
 from edge.errors import EdgeError, EdgeWarning, InputError, StoreError, VersionError
-from edge.index import Index, exclusive, forget, whole
+from edge.index import Index, exclusive, floats, forget, whole
 from edge.where import Where, condition
 
 MODES = ("hybrid", "dense", "text")
@@ -46,7 +46,6 @@ _RANK = 60  # the constant of reciprocal rank fusion (Cormack, Clarke and Buettc
 _WORDY = 10_000  # records that a query's words may occur in, together; more common ones are not looked for
 _WAIT = 30.0  # seconds for another writer
 _LONGEST = 1e12  # seconds that a record may live, some 30,000 years
-_LONG = 1e18  # values of a vector whose squares float32 still has
 _DEEPEST = 100  # levels of metadata
 _FEW = 200  # records asked for by number at a time
 _FIELDS = ("text", "id", "metadata", "namespace", "ttl", "vector", "encoder")
@@ -1029,15 +1028,9 @@ def _name(name: object, what: str) -> str:
 
 def _unit(vector: ArrayLike) -> NDArray[np.float32]:
     try:
-        given = np.asarray(vector)
-        if given.dtype.kind not in "fiub":
-            raise ValueError(given.dtype)
+        row = floats(vector)
     except (TypeError, ValueError):
         raise InputError("a vector must be a row of numbers. Pass what Encoder.encode returns.") from None
-    with np.errstate(over="ignore"):
-        row = given.astype(np.float32)
-        if not np.abs(row).max(initial=0.0) < _LONG and np.isfinite(given).all():
-            row = (given / np.abs(given).max()).astype(np.float32)
     length = float(np.linalg.norm(row.astype(np.float64)))
     if row.ndim != 1 or not np.isfinite(length) or not length:
         raise InputError(

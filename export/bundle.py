@@ -194,7 +194,7 @@ def build_bundle(
         step("goldens and calibration")
         _write_parts(work, checkpoint, agents)
         manifest = _manifest(work, checkpoint, identity, passed, reports, gates, generators)
-        _write_manifest(work, manifest)
+        write_manifest(work, manifest)
         routed: dict[str, Routed] = {}
         for entry in manifest["variants"]:
             step(f"calibrate {entry['id']}")
@@ -205,10 +205,10 @@ def build_bundle(
                 )
             elif like is not None:
                 _take_over(entry, like)
-        for listed in manifest["generators"] if labelled else ():
-            steps.set_description(f"calibrate generator {listed['id']}")
-            calibrate_generator(Bundle.open(work), listed, labelled, [agent.name for agent in agents])
-            listed["calibrated_on"] = labelled_name or str(len(labelled))
+        for entry in manifest["generators"] if labelled else ():
+            steps.set_description(f"calibrate generator {entry['id']}")
+            calibrate_generator(Bundle.open(work), entry, labelled, [agent.name for agent in agents])
+            entry["calibrated_on"] = labelled_name or str(len(labelled))
         if labelled:
             reports = [judge(r, routed, "fp32", gates.maximum_drop, r.stage in PACKAGES) for r in reports]
             if not search:
@@ -220,12 +220,12 @@ def build_bundle(
             measured = measure(work, passed, reports, rows)
             wanted = pareto(measured)
         _keep(work, manifest, wanted, packages, reports)
-        _write_json(work / REPORT, {"stages": [report.document() for report in reports]})
+        write_json(work / REPORT, {"stages": [report.document() for report in reports]})
         documents = [REPORT]
         if search:
             documents += write_card(work, identity.name, measured, wanted, reports)
-        manifest["documents"] = [_listed(work, name) for name in documents]
-        _write_manifest(work, manifest)
+        manifest["documents"] = [listed(work, name) for name in documents]
+        write_manifest(work, manifest)
         steps.set_description("verify")
         for check in examine(work):
             if not check.ok:
@@ -236,12 +236,12 @@ def build_bundle(
                 )
         for path in (work, *work.rglob("*")):  # temporary files are private; a bundle is not
             path.chmod(0o755 if path.is_dir() else 0o644)
-        _put_in_place(work, out)
+        put_in_place(work, out)
         _failure_report(out).unlink(missing_ok=True)
         steps.update()
     except ParityError as error:
         stages = [report.document() for report in reports]
-        _write_json(_failure_report(out), {"stages": stages, "error": str(error)})
+        write_json(_failure_report(out), {"stages": stages, "error": str(error)})
         raise ParityError(f"{error} The report is {_failure_report(out)}.", error.report) from None
     finally:
         steps.close()
@@ -382,7 +382,7 @@ def _write_parts(folder: Path, checkpoint: Checkpoint, agents: Sequence[Agent]) 
     """tokenizer.json, agents.json and goldens.json."""
     checkpoint.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     head = checkpoint.head
-    _write_json(
+    write_json(
         folder / "agents.json",
         {
             "agents": [asdict(agent) for agent in agents],
@@ -404,7 +404,7 @@ def _write_parts(folder: Path, checkpoint: Checkpoint, agents: Sequence[Agent]) 
         with torch.no_grad():
             vector = model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))[0]
         goldens.append({"text": text, "ids": ids, "vector": _rounded(vector)})
-    _write_json(folder / "goldens.json", {"goldens": goldens})
+    write_json(folder / "goldens.json", {"goldens": goldens})
 
 
 def _rounded(tensor: torch.Tensor) -> Any:
@@ -450,11 +450,11 @@ def _manifest(
         ],
         "default_variant": "fp32",
         "generators": [
-            entry | {key: _listed(folder, entry[key]) for key in ("model", "weights")} for entry in generators
+            entry | {key: listed(folder, entry[key]) for key in ("model", "weights")} for entry in generators
         ],
-        "tokenizer": _listed(folder, "tokenizer.json"),
-        "agents": _listed(folder, "agents.json"),
-        "goldens": _listed(folder, "goldens.json"),
+        "tokenizer": listed(folder, "tokenizer.json"),
+        "agents": listed(folder, "agents.json"),
+        "goldens": listed(folder, "goldens.json"),
         "documents": [],
         "tools": {name: importlib.metadata.version(name) for name in _TOOLS},
     }
@@ -463,8 +463,8 @@ def _manifest(
 def _graph_files(folder: Path, variant: str) -> dict[str, Any]:
     return {
         "runtime": "onnx",
-        **_listed(folder, f"model.{variant}.onnx"),
-        "weights": _listed(folder, f"model.{variant}.bin"),
+        **listed(folder, f"model.{variant}.onnx"),
+        "weights": listed(folder, f"model.{variant}.bin"),
         "precision": VARIANTS[variant].precision,
         "shapes": None,
         "compute_units": None,
@@ -477,9 +477,9 @@ def _package_files(folder: Path, variant: str, padding: int) -> dict[str, Any]:
     program = f"{variant}.mlpackage/Data/com.apple.CoreML"
     return {
         "runtime": "coreml",
-        **_listed(folder, f"{program}/model.mlmodel"),
-        "weights": _listed(folder, f"{program}/weights/weight.bin"),
-        "package": _listed(folder, f"{variant}.mlpackage/Manifest.json"),
+        **listed(folder, f"{program}/model.mlmodel"),
+        "weights": listed(folder, f"{program}/weights/weight.bin"),
+        "package": listed(folder, f"{variant}.mlpackage/Manifest.json"),
         "precision": PACKAGES[variant].precision,
         "shapes": [[1, length] for length in LENGTHS],
         "compute_units": PACKAGES[variant].profile.compute_units,
@@ -544,25 +544,28 @@ def _calibrations(by_kind: Mapping[str, Mapping[str, Calibration]]) -> dict[str,
     }
 
 
-def _listed(folder: Path, file: str) -> dict[str, Any]:
+def listed(folder: Path, file: str) -> dict[str, Any]:
+    """A file as the manifest lists it."""
     path = folder / file
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"file": file, "bytes": path.stat().st_size, "sha256": digest}
 
 
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """``bundle.json`` and its digest."""
     content = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
     (folder / MANIFEST).write_bytes(content)
     (folder / MANIFEST_DIGEST).write_bytes(manifest_digest(content))
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """JSON in one line."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _put_in_place(work: Path, out: Path) -> None:
+def put_in_place(work: Path, out: Path) -> None:
     """Move the finished folder to its name; an old one goes away only after the new one is whole."""
     if not out.exists():
         work.rename(out)

@@ -24,7 +24,7 @@ from edge.capabilities import BUCKETS, Capabilities, Scorer, pack, terms
 from edge.encoder import Encoder
 from edge.errors import InputError
 from edge.evaluate import Proportion
-from export.bundle import _listed, _put_in_place, _write_json, _write_manifest
+from export.bundle import listed, put_in_place, write_json, write_manifest
 from export.calibrate import fit
 from export.dataset import read_jsonl
 
@@ -174,15 +174,15 @@ def add_catalogue(path: Path, folder: Path) -> Found:
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
         shutil.copytree(folder, work, dirs_exist_ok=True, symlinks=True)
-        _write_json(work / ENTRIES, {"entries": [{"ids": row.ids, "description": row.description} for row in rows]})
+        write_json(work / ENTRIES, {"entries": [{"ids": row.ids, "description": row.description} for row in rows]})
         (work / SCORER).write_bytes(pack(scorer))
         manifest = json.loads((work / MANIFEST).read_bytes())
-        manifest["capabilities"] = {"entries": _listed(work, ENTRIES), "scorer": _listed(work, SCORER)}
-        _write_manifest(work, manifest)
+        manifest["capabilities"] = {"entries": listed(work, ENTRIES), "scorer": listed(work, SCORER)}
+        write_manifest(work, manifest)
         catalogue = Capabilities.load(work)
         assert catalogue.search(rows[0].description, k=1)
         work.chmod(0o755)
-        _put_in_place(work, folder)
+        put_in_place(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return found

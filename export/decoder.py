@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.errors import ToolchainError
-from export.onnx import INPUTS, OPSET, OUTPUT, weights_path
+from export.onnx import INPUTS, OPSET, OUTPUT, save_with_weights, weights_path
 from export.wrapper import SentenceEncoder
 
 LONGEST = 32768  # tokens that the graphs have positions for
@@ -189,16 +189,7 @@ _CONTRIBUTED = {"GroupQueryAttention", "SkipSimplifiedLayerNormalization", "MatM
 def save(graph: onnx.GraphProto, path: Path) -> None:
     """Write a graph, and its weights to a file beside it."""
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(_MICROSOFT, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    weights_path(path).unlink(missing_ok=True)  # onnx would append
-    onnx.save(
-        model,
-        path,
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=weights_path(path).name,
-        size_threshold=1024,
-    )
+    save_with_weights(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
 
 
 class Cache(NamedTuple):
