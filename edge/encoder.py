@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -10,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edge.bundle import Bundle
+from edge.bundle import Bundle, Generator
 from edge.choice import Wish, hash_ahead, open_backend, side_by_side
+from edge.decoder import STEP, Decoder, open_decoder
 from edge.errors import BackendError, InputError, ManifestError
 from edge.providers import Provider
 from edge.session import Backend, Placement
@@ -60,6 +62,7 @@ class Encoder:
         lengths: tuple[int, ...] = (),
         placement: Placement | None = None,
         side_by_side: int = 1,
+        stepwise: Generator | None = None,
     ) -> None:
         """Join a bundle's tokenizer and a back end; :meth:`load` does so with the best one.
 
@@ -70,9 +73,14 @@ class Encoder:
             lengths: The numbers of tokens that the back end takes, ascending; empty where it takes any.
             placement: What is known of where the model runs.
             side_by_side: How many texts :meth:`encode` runs at the same time.
+            stepwise: The bundle's generating graph of the same weights, which reads long texts in steps.
         """
         self.placement = placement
         self._side_by_side = side_by_side
+        self._stepwise = stepwise
+        self._decoder: Decoder | None = None  # loaded by the first long text
+        self._lock = threading.Lock()
+        self._bundle = bundle
         self._pool: ThreadPoolExecutor | None = None
         self.id = bundle.encoder_id
         self.dim = bundle.encoder.dim
@@ -117,7 +125,10 @@ class Encoder:
         hash_ahead(opened, wish)
         tokenizer = load_tokenizer(opened)
         backend, chosen, placement = open_backend(opened, wish)
-        return cls(opened, backend, tokenizer, chosen.lengths, placement, side_by_side(placement.candidate))
+        stepwise = None
+        if placement.candidate.provider == "cpu":
+            stepwise = next((listed for listed in opened.generators if listed.id == chosen.id), None)
+        return cls(opened, backend, tokenizer, chosen.lengths, placement, side_by_side(placement.candidate), stepwise)
 
     def tokenize(self, text: str) -> Tokens:
         """Token ids of a text, cut to the maximum length. Lone surrogates count as U+FFFD."""
@@ -131,9 +142,18 @@ class Encoder:
 
     def encode_tokens(self, tokens: Tokens) -> NDArray[np.float32]:
         """(dim,) float32 unit vector of one tokenised text."""
+        if self._stepwise is not None and len(tokens.ids) > STEP:
+            return self._in_steps(tokens.ids)
         ids = np.array([tokens.ids], dtype=np.int64)
         vector: NDArray[np.float32] = self._backend.run(ids, np.ones_like(ids))[0]
         return vector
+
+    def _in_steps(self, ids: tuple[int, ...]) -> NDArray[np.float32]:
+        assert self._stepwise is not None
+        with self._lock:
+            if self._decoder is None:
+                self._decoder = open_decoder(self._bundle, self._stepwise, None)
+        return self._decoder.embed(ids, self._bundle.encoder.pooling)
 
     def encode(self, texts: Iterable[str]) -> NDArray[np.float32]:
         """Embed texts.

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
 
 from edge.bundle import Bundle
 from edge.bundle import Generator as Listed
+from edge.decoder import STEP, Cache, open_decoder
 from edge.encoder import clean, load_tokenizer
-from edge.errors import BackendError, BundleError, InputError
+from edge.errors import BundleError, InputError
 
 _HIDDEN = -10000.0  # added to the attention's logits
-_STEP = 512  # tokens that are read at a time, so that memory does not grow with the square of a prompt's length
-
-
-class _Cache(NamedTuple):
-    """Tokens that were read, and what attention keeps of them: a key and a value a layer."""
-
-    ids: tuple[int, ...]
-    values: tuple[NDArray[np.float32], ...]
+_ROOM = 128  # a cache that is kept for further prompts has room in multiples of so many tokens
 
 
 class Generator:
@@ -53,15 +45,14 @@ class Generator:
         self.calibration = listed.calibration
         self._listed = listed
         self._lock = threading.Lock()
-        self._shared: _Cache | None = None  # of what prompts begin with
+        self._kept: list[Cache] = []  # that hold what prompts begin with; one for each call at a time
         self._paths: dict[tuple[str, tuple[str, ...]], list[tuple[int, ...]]] = {}
         self._tokenizer = load_tokenizer(bundle)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A text that spells a control token is a text: nothing that is asked can end the prompt.
         self._tokenizer.encode_special_tokens = True
-        self._session = _open(bundle, listed, threads)
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._decoder = open_decoder(bundle, listed, threads)
 
     @classmethod
     def load(
@@ -107,11 +98,11 @@ class Generator:
 
     def _stream(self, ids: list[int], max_tokens: int) -> Iterator[str]:
         decoder = DecodeStream(skip_special_tokens=True)
-        cache = self._read(_Cache((), self._empty()), ids[:-1])
+        cache = Cache(self._decoder.sizes, len(ids) + max_tokens)
+        self._decoder.read(cache, ids[:-1])
         token = ids[-1]
         for _ in range(max_tokens):
-            logits, cache = self._run(cache, [token], [0])
-            token = int(logits[0].argmax())
+            token = int(self._decoder.run(cache, [token], [0])[0].argmax())
             if token in self._listed.end_ids:
                 return
             piece = decoder.step(self._tokenizer, token)
@@ -139,25 +130,14 @@ class Generator:
         paths = self._branches(prompt, tuple(continuations))
         inner = sorted({path[:n] for path in paths for n in range(1, len(path))}, key=lambda path: (len(path), path))
         ids = self._ids(prompt, len(inner))
-        cache = self._begin(ids, shared)
-        start = len(cache.ids)
-        if len(ids) - start > _STEP:
-            cache = self._read(cache, ids[start : len(ids) - 1])
-            start = len(cache.ids)
-        fed = [*ids[start:], *(path[-1] for path in inner)]
-        own = len(ids) - start  # of the prompt, before the branches
-        positions = [*range(start, len(ids)), *(len(ids) - 1 + len(path) for path in inner)]
-        bias = np.zeros((len(fed), start + len(fed)), dtype=np.float32)
-        place = {path: own + i for i, path in enumerate(inner)}
-        for path, row in place.items():
-            bias[row, start + own :] = _HIDDEN
-            bias[row, [start + place[path[:n]] for n in range(1, len(path) + 1)]] = 0
-        if own:
-            logits, _ = self._run(cache, fed, [own - 1, *range(own, len(fed))], positions, bias)
-        else:  # a prompt of one token, which is in the cache, since branches need one
-            logits, _ = self._run(_Cache((), self._empty()), ids, [0])
-            if fed:
-                logits = np.concatenate((logits, self._run(cache, fed, [*range(len(fed))], positions, bias)[0]))
+        cache = self._begin(ids, shared, len(ids) + len(inner))
+        beginning = len(cache.ids)
+        try:
+            logits = self._tree(cache, ids, inner)
+        finally:
+            cache.cut(beginning)
+            with self._lock:
+                self._kept.append(cache)
         following = {(): 0} | {path: i for i, path in enumerate(inner, 1)}
         peak = logits.max(axis=1, keepdims=True)
         # In place, since there are a hundred thousand for each row.
@@ -217,80 +197,36 @@ class Generator:
             self._paths = {(end, continuations): paths}
         return self._paths[end, continuations]
 
-    def _begin(self, ids: list[int], shared: str) -> _Cache:
-        """What was read of the prompt's beginning: at least its first token."""
+    def _tree(self, cache: Cache, ids: list[int], inner: list[tuple[int, ...]]) -> NDArray[np.float32]:
+        """Logits behind the prompt and behind each of the branches, all in one pass."""
+        if len(ids) - len(cache.ids) > STEP:
+            self._decoder.read(cache, ids[len(cache.ids) : -1])
+        start = len(cache.ids)
+        own = len(ids) - start  # of the prompt, before the branches
+        if not own:  # a prompt of one token, which is in the cache, since branches need one
+            first = self._decoder.run(Cache(self._decoder.sizes, 1), ids, [0])
+            if not inner:
+                return first
+        fed = [*ids[start:], *(path[-1] for path in inner)]
+        positions = [*range(start, len(ids)), *(len(ids) - 1 + len(path) for path in inner)]
+        bias = np.zeros((len(fed), start + len(fed)), dtype=np.float32)
+        place = {path: own + i for i, path in enumerate(inner)}
+        for path, row in place.items():
+            bias[row, start + own :] = _HIDDEN
+            bias[row, [start + place[path[:n]] for n in range(1, len(path) + 1)]] = 0
+        logits = self._decoder.run(cache, fed, range(max(own - 1, 0), len(fed)), positions, bias)
+        return logits if own else np.concatenate((first, logits))
+
+    def _begin(self, ids: list[int], shared: str, most: int) -> Cache:
+        """A cache with room for ``most`` tokens that has the prompt's beginning: at least its first token."""
         wanted = self._tokenizer.encode(shared).ids if shared else []
         count = 0
         while count < min(len(wanted), len(ids) - 1) and wanted[count] == ids[count]:
             count += 1
-        beginning = tuple(ids[: max(count, 1)])
+        beginning = ids[: max(count, 1)]
         with self._lock:
-            cache = self._shared
-        if cache is None or cache.ids != beginning:
-            cache = self._read(_Cache((), self._empty()), list(beginning))
-            with self._lock:
-                self._shared = cache
+            cache = self._kept.pop() if self._kept else None
+        if cache is None or cache.ids != beginning or cache.room < most:
+            cache = Cache(self._decoder.sizes, -(-most // _ROOM) * _ROOM)
+            self._decoder.read(cache, beginning)
         return cache
-
-    def _empty(self) -> tuple[NDArray[np.float32], ...]:
-        nothing = np.zeros((1, self._listed.kv_heads, 0, self._listed.head_dim), dtype=np.float32)
-        return (nothing,) * (2 * self._listed.layers)
-
-    def _read(self, cache: _Cache, ids: list[int]) -> _Cache:
-        for start in range(0, len(ids), _STEP):
-            _, cache = self._run(cache, ids[start : start + _STEP], [0])
-        return cache
-
-    def _run(
-        self,
-        cache: _Cache,
-        ids: list[int],
-        rows: list[int],
-        positions: list[int] | None = None,
-        bias: NDArray[np.float32] | None = None,
-    ) -> tuple[NDArray[np.float32], _Cache]:
-        """Logits of some of the tokens, and the cache with all of them."""
-        seen = len(cache.ids)
-        total = seen + len(ids)
-        feed = {
-            "input_ids": np.array([ids], dtype=np.int64),
-            "position_ids": np.array([positions or range(seen, total)], dtype=np.int64),
-            "attention_bias": np.zeros((1, 1, len(ids), total), dtype=np.float32) if bias is None else bias[None, None],
-            "lengths": np.array([total - 1], dtype=np.int32),
-            "total": np.array(total, dtype=np.int32),
-            "rows": np.array(rows, dtype=np.int64),
-        }
-        names = [f"{i}.{kind}" for i in range(self._listed.layers) for kind in ("key", "value")]
-        feed |= {f"past.{name}": values for name, values in zip(names, cache.values, strict=True)}
-        try:
-            found = dict(zip(self._outputs, self._session.run(None, feed), strict=True))
-        except Exception as error:  # ONNX Runtime raises ValueError and a dozen types of its own
-            raise BackendError(f"the model cannot run {len(ids)} tokens ({error}). Run: ruvltra doctor") from None
-        logits: NDArray[np.float32] = found["logits"]
-        if not np.isfinite(logits).all():
-            raise BackendError("the model gave values that are not finite. Run: ruvltra doctor")
-        return logits, _Cache((*cache.ids, *ids), tuple(found[f"present.{name}"] for name in names))
-
-
-def _open(bundle: Bundle, listed: Listed, threads: int | None) -> ort.InferenceSession:
-    from edge.device import detect
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = detect().threads if threads is None else threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("mlas.disable_kleidiai", "1")  # see edge.session
-    graph = bundle.read(listed.model)
-    weights = bundle.locate(listed.weights)
-    if isinstance(weights, bytes):
-        name = PurePosixPath(listed.weights.file).name
-        options.add_external_initializers_from_files_in_memory([name], [weights], [len(weights)])
-    else:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
-    try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise BackendError(
-            f"{listed.model.file}: ONNX Runtime {ort.__version__} cannot load it ({error}). Install a version of "
-            "onnxruntime from this package's tested range."
-        ) from None

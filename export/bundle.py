@@ -26,7 +26,7 @@ from edge.encoder import Encoder
 from edge.errors import InputError
 from edge.evaluate import OUT_OF_SCOPE, Labelled
 from edge.router import Router, Signals
-from export.ane import check_supported
+from export.ane import check_supported, padding_of
 from export.calibrate import UNCALIBRATED, Routed, calibrate
 from export.checkpoint import Checkpoint, Head
 from export.coreml import LENGTHS, MINIMUM_OS, PACKAGES, About, convert
@@ -36,16 +36,15 @@ from export.mil import MilProgram
 from export.onnx import export_fp32, weights_path
 from export.parity import (
     NETWORK,
-    NETWORK_BOUND,
     Inputs,
     Reference,
     Report,
     RunBackend,
     judge,
     parity_texts,
+    refer_to_network,
     run_graph,
     run_network,
-    run_original,
     run_package,
     table,
 )
@@ -160,12 +159,9 @@ def build_bundle(
         export_fp32(checkpoint.encoder().eval(), fp32)
         step("parity network")
         inputs = Inputs.of_checkpoint(checkpoint)
-        original = run_original(checkpoint)
-        if original is not None:
-            reference = Reference(inputs, "checkpoint", original)
-            reports.append(reference.compare(run_network(checkpoint), NETWORK, NETWORK_BOUND, NETWORK_BOUND))
+        reference, found = refer_to_network(checkpoint, inputs)
+        reports += found
         step("parity fp32")
-        reference = Reference(inputs, NETWORK, run_network(checkpoint))
         reports.append(_with_size(reference.compare(run_graph(fp32), "fp32", *_bounds("fp32", gates)), fp32))
         _refuse(reports)
         reference = Reference(inputs, "fp32", run_graph(fp32))
@@ -439,7 +435,7 @@ def _manifest(
                 **(
                     _graph_files(folder, variant)
                     if variant in VARIANTS
-                    else _package_files(folder, variant, checkpoint.padding)
+                    else _package_files(folder, variant, padding_of(checkpoint))
                 ),
                 "minimum_cosine": _bounds(variant, gates)[0],
                 "calibrated_on": None,

@@ -110,7 +110,12 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    source: str | Path, *, pooling: str | None = None, max_length: int | None = None, quiet: bool = True
+    source: str | Path,
+    *,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    longest: int = DECODER_LENGTH,
+    quiet: bool = True,
 ) -> Checkpoint:
     """Load a checkpoint in fp32: a Hugging Face or sentence-transformers folder, or a GGUF file.
 
@@ -118,13 +123,13 @@ def load_checkpoint(
     pooled by the mean and causal decoders by the last token, unless the file says otherwise. Only
     safetensors and GGUF are read: nothing is unpickled, and no code of a checkpoint is run.
 
-    Attention takes memory by the square of a text's length, so that causal decoders are limited to
-    ``DECODER_LENGTH`` tokens unless ``max_length`` asks for more.
+    A decoder's memory grows with a text's length, so that its own limit is not always of use.
 
     Args:
         source: Folder or file.
         pooling: One of ``export.wrapper.POOLING``, where the checkpoint states none.
         max_length: A limit on tokens, at most the checkpoint's.
+        longest: Causal decoders are limited to so many unless ``max_length`` asks for more.
         quiet: No progress bar while the tensors of a GGUF file are read.
 
     Raises:
@@ -159,7 +164,7 @@ def load_checkpoint(
             )
         checkpoint = replace(checkpoint, max_length=max_length)
     elif _is_causal(checkpoint.backbone):
-        checkpoint = replace(checkpoint, max_length=min(checkpoint.max_length, DECODER_LENGTH))
+        checkpoint = replace(checkpoint, max_length=min(checkpoint.max_length, longest))
     return checkpoint
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from edge.decoder import Sizes
 from export.errors import ToolchainError
 from export.onnx import INPUTS, OPSET, OUTPUT, save_with_weights, weights_path
 from export.wrapper import SentenceEncoder
 
 LONGEST = 32768  # tokens that the graphs have positions for
 _MICROSOFT = "com.microsoft"
-_MASKED = -10000.0  # as in export.backbones
 _POOLING = ("mean", "lasttoken")
 _BLOCKS = (128, 64, 32, 16)  # values that share a scale, the most that divide a row
 
@@ -43,8 +43,9 @@ def is_decoder(model: SentenceEncoder) -> bool:
 def export_decoder(model: SentenceEncoder, path: Path) -> None:
     """Write the embedding graph in fp32, weights beside it.
 
-    Inputs and output are those of :func:`export.onnx.export_fp32`. Padding may be on either side: attention depends on
-    differences of positions only, so that a mask over the keys is enough.
+    Inputs and output are those of :func:`export.onnx.export_fp32`. Padding is at the end, where no token sees it; a
+    mask over the keys would take memory by the square of a text's length, which ONNX Runtime's attention by itself
+    does not.
     """
     graph = _Graph(model)
     graph.attend_without_cache()
@@ -85,26 +86,16 @@ class _Graph:
         return self.node("Add", [done, self.weight(f"{name}.bias", bias)], f"{name}.biased")
 
     def attend_without_cache(self) -> None:
-        """What attention is told of the texts: their length, rotations, and a mask over the keys."""
-        ids, mask = INPUTS
-        self.node("Shape", [ids], "shape")
+        """What attention is told of the texts: their length, and rotations."""
+        self.node("Shape", [INPUTS[0]], "shape")
         self.node("Gather", ["shape", self.weight("one", np.array(1, np.int64))], "tokens", axis=0)
         self.node("Gather", ["shape", self.weight("zero", np.array(0, np.int64))], "batch", axis=0)
         self.node("Cast", ["tokens"], "total", to=TensorProto.INT32)
         self.node("Sub", ["total", self.weight("one.int32", np.array(1, np.int32))], "last")
         self.node("Unsqueeze", ["batch", self.weight("axis.0", np.array([0]))], "batch.row")
         self.node("Expand", ["last", "batch.row"], "lasts")
-        self.node("Cast", [mask], "mask.float", to=TensorProto.FLOAT)
-        self.node("Sub", ["mask.float", self.weight("one.float", np.array(1, np.float32))], "padding")
-        self.node("Mul", ["padding", self.weight("masked", np.array(-_MASKED, np.float32))], "bias.keys")
-        self.node("Unsqueeze", ["bias.keys", self.weight("axes.1.2", np.array([1, 2]))], "bias.row")
-        self.node("Unsqueeze", ["tokens", "axis.0"], "tokens.row")
-        self.node(
-            "Concat", ["batch.row", self.weight("ones", np.array([1])), "tokens.row", "tokens.row"], "square", axis=0
-        )
-        self.node("Expand", ["bias.row", "square"], "bias")
         cos, sin = self._rotations()
-        self._attention = ["", "", "", "", "lasts", "total", cos, sin, "", "bias"]
+        self._attention = ["", "", "", "", "lasts", "total", cos, sin]
 
     def _rotations(self) -> tuple[str, str]:
         longest = min(int(self.config.max_position_embeddings), LONGEST)
@@ -164,6 +155,7 @@ class _Graph:
     def pool(self, hidden: str, mode: str) -> None:
         """Unit vectors, as the output."""
         if mode == "mean":
+            self.node("Cast", [INPUTS[1]], "mask.float", to=TensorProto.FLOAT)
             self.node("Unsqueeze", ["mask.float", self.weight("axis.2", np.array([2]))], "mask.column")
             self.node("Mul", [hidden, "mask.column"], "counted")
             vector = self.node("ReduceSum", ["counted", self.weight("axis.1", np.array([1]))], "pooled", keepdims=0)
@@ -192,19 +184,11 @@ def save(graph: onnx.GraphProto, path: Path) -> None:
     save_with_weights(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
 
 
-class Cache(NamedTuple):
-    """Sizes of a generating graph's keys and values: (1, heads, tokens, values) for each layer."""
-
-    layers: int
-    heads: int
-    values: int
-
-
-def cache_of(language_model: Any) -> Cache:
-    """Those of a network."""
+def sizes_of(language_model: Any) -> Sizes:
+    """Of the keys and values of a network."""
     config = language_model.config
     values = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Cache(int(config.num_hidden_layers), int(config.num_key_value_heads), int(values))
+    return Sizes(int(config.num_hidden_layers), int(config.num_key_value_heads), int(values))
 
 
 def write_generator(source: Path, target: Path, language_model: Any) -> None:
@@ -227,10 +211,10 @@ def write_generator(source: Path, target: Path, language_model: Any) -> None:
     """
     model = onnx.load(source, load_external_data=False)
     graph = model.graph
-    cache = cache_of(language_model)
+    sizes = sizes_of(language_model)
     attentions = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
-    if len(attentions) != cache.layers:
-        raise ToolchainError(f"{source.name}: {len(attentions)} of {cache.layers} layers attend. Export it again.")
+    if len(attentions) != sizes.layers:
+        raise ToolchainError(f"{source.name}: {len(attentions)} of {sizes.layers} layers attend. Export it again.")
     for i, node in enumerate(attentions):
         packed, kept = node.input[0], list(node.input[7:9])
         del node.input[:], node.output[1:]
@@ -255,13 +239,14 @@ def write_generator(source: Path, target: Path, language_model: Any) -> None:
         tensor("total", TensorProto.INT32, []),
         tensor("rows", TensorProto.INT64, ["rows"]),
     ]
-    outputs = [tensor("logits", TensorProto.FLOAT, ["rows", int(language_model.config.vocab_size)])]
-    for i in range(cache.layers):
+    outputs = [
+        tensor("logits", TensorProto.FLOAT, ["rows", int(language_model.config.vocab_size)]),
+        tensor(STATES, TensorProto.FLOAT, [1, "tokens", _width(language_model)]),
+    ]
+    for i in range(sizes.layers):
         for kind in ("key", "value"):
-            inputs.append(tensor(f"past.{i}.{kind}", TensorProto.FLOAT, [1, cache.heads, "past", cache.values]))
-            outputs.append(
-                tensor(f"present.{i}.{kind}", TensorProto.FLOAT, [1, cache.heads, "total_tokens", cache.values])
-            )
+            inputs.append(tensor(f"past.{i}.{kind}", TensorProto.FLOAT, [1, sizes.heads, "past", sizes.values]))
+            outputs.append(tensor(f"present.{i}.{kind}", TensorProto.FLOAT, [1, sizes.heads, "room", sizes.values]))
     made = helper.make_graph([*needed, *head], "generator", inputs, outputs, weights.tensors)
     result = helper.make_model(made, opset_imports=list(model.opset_import), ir_version=model.ir_version)
     onnx.save(result, target)

@@ -215,6 +215,17 @@ class Reference:
         )
 
 
+def refer_to_network(checkpoint: Checkpoint, inputs: Inputs) -> tuple[Reference, list[Report]]:
+    """The network's vectors, and a report on them against the checkpoint's own code, where transformers has any."""
+    reference = Reference(inputs, NETWORK, run_network(checkpoint))
+    original = run_original(checkpoint)
+    if original is None:
+        return reference, []
+    # The other way round, so that the network runs only once.
+    report = reference.compare(original, NETWORK, NETWORK_BOUND, NETWORK_BOUND)
+    return reference, [replace(report, against="checkpoint")]
+
+
 def judge(
     report: Report, routed: Mapping[str, Routed], first: str, maximum_drop: float, same_decisions: bool = False
 ) -> Report:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edge.bundle import Bundle, File, Generator, Variant
+from edge.decoder import Sizes
 from edge.doctor import Check, examine
 from edge.encoder import Encoder
 from edge.errors import InputError
@@ -18,23 +19,21 @@ from export.bundle import MAXIMUM_DROP
 from export.calibrate import Routed
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.coreml import PACKAGES
-from export.decoder import Cache
 from export.errors import CheckpointError
-from export.generator import STEPS, prove_generator
+from export.generator import prove_generator
 from export.mil import MilProgram
 from export.parity import (
     NETWORK,
-    NETWORK_BOUND,
     Inputs,
     Reference,
     Report,
     Run,
     RunBackend,
     judge,
+    refer_to_network,
     run_goldens,
     run_graph,
     run_network,
-    run_original,
     run_package,
 )
 from export.residency import judge_residency
@@ -80,12 +79,9 @@ def verify(
     if checkpoint_path is not None:
         checkpoint = _checkpoint(bundle, checkpoint_path, quiet)
         inputs = Inputs.of_checkpoint(checkpoint)
-        original = run_original(checkpoint)
         run = run_network(checkpoint)
-        if original is not None:
-            first = Reference(inputs, "checkpoint", original)
-            reports.append(first.compare(run, NETWORK, NETWORK_BOUND, NETWORK_BOUND))
-        reference = Reference(inputs, NETWORK, run)
+        reference, found = refer_to_network(checkpoint, inputs)
+        reports += found
         if longest is not None:
             short = Reference(Inputs.of_checkpoint(checkpoint, longest), NETWORK, run)
         checks += [_generates(bundle, generator, checkpoint) for generator in bundle.generators]
@@ -147,7 +143,7 @@ def _checkpoint(bundle: Bundle, path: Path, quiet: bool) -> Checkpoint:
     known = {name: mode for mode, name in BUNDLE_POOLING.items()}
     pooling = bundle.encoder.pooling
     alone = None if "+" in pooling else known.get(pooling, pooling)
-    checkpoint = load_checkpoint(path, pooling=alone, quiet=quiet)
+    checkpoint = load_checkpoint(path, pooling=alone, longest=bundle.encoder.max_length, quiet=quiet)
     if checkpoint.dim != bundle.encoder.dim:
         raise CheckpointError(
             f"{path}: gives {checkpoint.dim} values, the bundle {bundle.encoder.dim}. Give the checkpoint that the "
@@ -160,11 +156,10 @@ def _generates(bundle: Bundle, generator: Generator, checkpoint: Checkpoint) -> 
     """The exporter's gate for a generating graph, redone."""
     if checkpoint.language_model is None:
         raise CheckpointError(f"{checkpoint.folder}: cannot generate, but the bundle can. Give what it was made of.")
-    sizes = Cache(generator.layers, generator.kv_heads, generator.head_dim)
+    sizes = Sizes(generator.layers, generator.kv_heads, generator.head_dim)
     with _placed(bundle, (generator.model, generator.weights)) as path:
-        texts, different = prove_generator(checkpoint, path, sizes)
-    detail = f"{texts - len(different)} of {texts} texts give the network's next {STEPS} tokens"
-    return Check(f"generator {generator.id}", not different or generator.id != "fp32", detail)
+        proof = prove_generator(checkpoint, path, sizes)
+    return Check(f"generator {generator.id}", proof.exact or generator.id != "fp32", str(proof))
 
 
 @contextlib.contextmanager

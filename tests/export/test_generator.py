@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from gguf import GGMLQuantizationType
 from edge import BackendError, Bundle, BundleError, ChecksumError, Encoder, Generator, InputError, Router
 from edge.agents import Agent
 from edge.cli import main as ruvltra
+from edge.decoder import STEP, Cache
 from edge.doctor import examine
 from edge.evaluate import Labelled
-from edge.generate import _STEP, _Cache
 from export.calibrate import calibrate_likelihoods
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.cli import main
@@ -128,7 +129,8 @@ def test_logits_are_those_of_optimums_graph(small: tuple[Checkpoint, Path], tmp_
         if value.name.startswith("past"):
             feed[value.name] = np.zeros((1, 2, 0, 16), np.float32)
     theirs = session.run(["logits"], feed)[0][0]
-    ours, _ = generator._run(_Cache((), generator._empty()), ids, list(range(len(ids))))
+    decoder = generator._decoder
+    ours = decoder.run(Cache(decoder.sizes, len(ids)), ids, range(len(ids)))
     np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
@@ -167,8 +169,9 @@ def test_long_prompts_are_read_in_steps(small: tuple[Checkpoint, Path], monkeypa
     generator = Generator.load(folder, generator="fp32")
     prompt = "Route: " + "fix it " * 12 + "\nAgent:"
     whole = generator.likelihoods(prompt, [" coder", " tester"]), generator.generate(prompt, 5)
-    assert _STEP > 50
-    monkeypatch.setattr("edge.generate._STEP", 7)
+    assert STEP > 50
+    for module in ("generate", "decoder"):
+        monkeypatch.setattr(f"edge.{module}.STEP", 7)
     again = Generator.load(folder, generator="fp32")
     assert again.likelihoods(prompt, [" coder", " tester"]) == pytest.approx(whole[0], abs=1e-4)
     assert again.generate(prompt, 5) == whole[1]
@@ -218,6 +221,54 @@ def test_embedding_is_that_of_the_same_weights(small: tuple[Checkpoint, Path]) -
         assert float(encoder.encode([text])[0] @ torch.nn.functional.normalize(hidden, dim=0).numpy()) > 0.99999
 
 
+def test_long_texts_are_embedded_in_steps(small: tuple[Checkpoint, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same vector, of the generating graph, which reads a text piece by piece."""
+    checkpoint, folder = small
+    text = "fix the login form " * 12
+    for variant, bound in (("fp32", 0.99999), ("int8-weights", 0.99)):
+        whole = Encoder.load(folder, variant=variant).encode([text])[0]
+        monkeypatch.setattr("edge.encoder.STEP", 9)
+        monkeypatch.setattr("edge.decoder.STEP", 9)
+        encoder = Encoder.load(folder, variant=variant)
+        assert encoder.max_length == checkpoint.max_length
+        stepped = encoder.encode([text, "fix", text])
+        monkeypatch.undo()
+        assert encoder._decoder is not None
+        assert float(stepped[0] @ whole) > bound
+        assert np.array_equal(stepped[0], stepped[2])
+        assert float(stepped[1] @ Encoder.load(folder, variant=variant).encode(["fix"])[0]) > 0.99999
+        assert np.linalg.norm(stepped, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_cache_is_written_in_place(small: tuple[Checkpoint, Path]) -> None:
+    """Nothing is copied from step to step, and what was cut away is not seen again."""
+    _, folder = small
+    decoder = Generator.load(folder, generator="fp32")._decoder
+    cache = Cache(decoder.sizes, 12)
+    before = {name: buffer.data_ptr() for name, buffer in cache.buffers.items()}
+    decoder.read(cache, [5, 6, 7])
+    first = decoder.run(cache, [8], [0])
+    decoder.read(cache, [9, 10, 11])
+    cache.cut(3)
+    assert np.array_equal(decoder.run(cache, [8], [0]), first)
+    assert cache.ids == [5, 6, 7, 8]
+    assert {name: buffer.data_ptr() for name, buffer in cache.buffers.items()} == before
+    key = cache.buffers["0.key"].numpy()
+    assert key[:, :, :7].any(axis=3).all()
+    assert not key[:, :, 7:].any()
+
+
+def test_eight_threads_decide_as_one(small: tuple[Checkpoint, Path]) -> None:
+    _, folder = small
+    router = Router.load(folder, strategy="generate", variant="fp32")
+    tasks = [
+        f"{word} the {thing}" for word in ("Fix", "Test", "Plan") for thing in ("login", "form", "deployment of x")
+    ]
+    expected = [router.route(task) for task in tasks]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(router.route, tasks * 4)) == expected * 4
+
+
 def test_what_cannot_be_asked(small: tuple[Checkpoint, Path]) -> None:
     _, folder = small
     generator = Generator.load(folder)
@@ -253,7 +304,7 @@ def test_damaged_graphs_are_refused(small: tuple[Checkpoint, Path]) -> None:
     finally:
         path.write_bytes(whole)
     generator = Generator.load(folder)
-    generator._listed = generator._listed._replace(kv_heads=5)
+    generator._decoder.sizes = generator._decoder.sizes._replace(heads=5)
     with pytest.raises(BackendError, match="cannot run"):
         generator.generate("x")
 
