@@ -1,4 +1,4 @@
-"""The command ``ruvltra-export``: bundle, verify, inspect, finetune, soft-labels, mine-commits, split."""
+"""The command ``ruvltra-export``: fetch, bundle, verify, inspect, finetune, soft-labels, mine-commits, split."""
 
 from __future__ import annotations
 
@@ -112,6 +112,21 @@ def _parser() -> argparse.ArgumentParser:
     split.add_argument("--out", type=Path, metavar="DIR", required=True)
     split.set_defaults(run=_split)
 
+    fetch = verbs.add_parser(
+        "fetch",
+        help="download a file of a model repository",
+        description="Download a file of a Hugging Face hub repository and check its digest. A download that broke off "
+        "goes on where it stopped. Prints the file's path, and on standard error its size and sha256.",
+    )
+    fetch.add_argument("source", metavar="OWNER/NAME:FILE")
+    fetch.add_argument("--out", type=Path, metavar="DIR", default=Path(), help="folder for it (default: this one)")
+    fetch.add_argument("--revision", metavar="R", help="branch, tag or commit (default: the main branch)")
+    fetch.add_argument("--sha256", metavar="HEX", help="digest that it must have, besides the one that the hub states")
+    fetch.add_argument("--force", action="store_true", help="replace another file of this name")
+    fetch.add_argument("--json", action="store_true", help="write path, size, digest and commit as JSON")
+    fetch.add_argument("--quiet", action="store_true", help="no progress bar, and nothing but the result")
+    fetch.set_defaults(run=_fetch)
+
     bundle = verbs.add_parser(
         "bundle",
         help="turn a checkpoint into a verified bundle",
@@ -134,7 +149,10 @@ def _parser() -> argparse.ArgumentParser:
         "--pooling", metavar="MODE", help="where the checkpoint states none: mean, cls, lasttoken and others"
     )
     bundle.add_argument(
-        "--max-length", type=int, metavar="TOKENS", help="longest text (default: the checkpoint's, decoders 2048)"
+        "--max-length",
+        type=int,
+        metavar="TOKENS",
+        help="longest text (default: the checkpoint's; decoders 2048, or 32768 at most where they generate)",
     )
     bundle.add_argument("--out", type=Path, metavar="DIR", required=True)
     bundle.add_argument(
@@ -316,14 +334,41 @@ def _split(options: argparse.Namespace) -> int:
     return 0
 
 
+def _fetch(options: argparse.Namespace) -> int:
+    from export.fetch import fetch
+
+    try:
+        found = fetch(
+            options.source,
+            options.out,
+            revision=options.revision,
+            sha256=options.sha256,
+            force=options.force,
+            quiet=options.quiet,
+        )
+    except KeyboardInterrupt:
+        print("ruvltra-export: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    if not options.quiet:
+        before = "" if found.downloaded else ", was there and is not downloaded again"
+        print(f"{found.bytes} bytes, sha256 {found.sha256}{before}", file=sys.stderr)
+    if options.json:
+        document = {"file": str(found.file), "bytes": found.bytes, "sha256": found.sha256}
+        print(json.dumps({**document, "repository": found.repository, "revision": found.revision}))
+    else:
+        print(found.file)
+    return 0
+
+
 def _bundle(options: argparse.Namespace) -> int:
     _require_toolchain()
     from edge.agents import load_agents
     from edge.bundle import Bundle
     from edge.evaluate import Labelled, read_labelled
     from export.bundle import MAXIMUM_DROP, Gates, Identity, build_bundle, check_arguments
-    from export.checkpoint import load_checkpoint
+    from export.checkpoint import DECODER_LENGTH, load_checkpoint
     from export.dataset import load_dataset
+    from export.decoder import LONGEST
     from export.parity import table
     from export.recipe import load_recipe
     from export.search import require_plots
@@ -361,7 +406,11 @@ def _bundle(options: argparse.Namespace) -> int:
     check_arguments(options.out, variants=variants, labelled=labelled, gates=gates, replace=options.force)
     reports = build_bundle(
         load_checkpoint(
-            options.checkpoint, pooling=options.pooling, max_length=options.max_length, quiet=options.quiet
+            options.checkpoint,
+            pooling=options.pooling,
+            max_length=options.max_length,
+            longest=LONGEST if "generate" in tasks else DECODER_LENGTH,
+            quiet=options.quiet,
         ),
         options.out,
         identity=Identity(
