@@ -6,8 +6,9 @@ PYTHON is an interpreter that has llama-cpp-python. Without --bundle the file is
 int4-weights, with generating graphs). Both sides get the same texts in turn, each in a process of its own; ratios are
 of medians of one session. llama.cpp reads the tokens of a text that is embedded here, which is what its embedding mode
 does. "One decision" is `strategy="generate"` here, and there an answer of 8 tokens, as the origin asks for it.
-Continuations are 16 greedy tokens, held against the dequantised network in fp32. Memory is that of a process that has
-loaded variant and generator and answered.
+Continuations are 16 greedy tokens, held against the dequantised network in fp32. Memory is that of a process that
+embeds, and of another that decides, after they have answered; it holds the mapped file as well as what ONNX Runtime
+packed of it.
 """
 
 from __future__ import annotations
@@ -63,12 +64,13 @@ for line in sys.stdin:
 _OURS = """
 import json, resource, sys, time
 import numpy as np
-from edge import Encoder, Generator, Router
+from edge import Encoder, Router
 path, variant, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
 start = time.perf_counter()
-encoder = Encoder.load(path, variant=variant, threads=threads, device="cpu")
-router = Router.load(path, strategy="generate", variant=variant, threads=threads)
-writer = Generator.load(path, generator=variant, threads=threads) if len(sys.argv) > 4 else None
+if sys.argv[4] == "embed":
+    encoder = Encoder.load(path, variant=variant, threads=threads, device="cpu")
+else:
+    router = Router.load(path, strategy="generate", variant=variant, threads=threads)
 print(json.dumps({"load": time.perf_counter() - start}), flush=True)
 for line in sys.stdin:
     wanted = json.loads(line)
@@ -125,19 +127,22 @@ def short_tasks() -> list[str]:
 
 def race(bundle: Path, variant: str, llama: Worker | None, texts: list[str], threads: int) -> dict[str, Any]:
     """Both sides in turn; ratios of medians."""
-    ours = Worker([sys.executable, "-c", _OURS, str(bundle), variant, str(threads)])
+    command = [sys.executable, "-c", _OURS, str(bundle), variant, str(threads)]
+    embedder, router = Worker([*command, "embed"]), Worker([*command, "route"])
     times: dict[str, list[float]] = {"embed": [], "their embed": [], "route": [], "their route": []}
     for text in texts:
-        times["embed"].append(ours.ask(embed=text)["seconds"])
+        times["embed"].append(embedder.ask(embed=text)["seconds"])
         if llama is not None:
             times["their embed"].append(llama.ask(embed=text)["seconds"])
     for task in (short_tasks() * ROUNDS)[: len(texts)]:
-        times["route"].append(ours.ask(route=task)["seconds"])
+        times["route"].append(router.ask(route=task)["seconds"])
         if llama is not None:
             answer = llama.ask(complete=f"Route: {task}\nAgent:", tokens=8)
             times["their route"].append(answer["seconds"])
-    rss = ours.ask(rss=True)["found"]
-    ours.close()
+    memory = [round(worker.ask(rss=True)["found"] / 1e6) for worker in (embedder, router)]
+    loads = [round(worker.load, 2) for worker in (embedder, router)]
+    for worker in (embedder, router):
+        worker.close()
     middle = {name: statistics.median(values) * 1e3 for name, values in times.items() if values}
     return {
         "variant": variant,
@@ -147,8 +152,8 @@ def race(bundle: Path, variant: str, llama: Worker | None, texts: list[str], thr
             for name in ("embed", "route")
             if llama is not None
         },
-        "load": round(ours.load, 2),
-        "rss_mb": round(rss / 1e6),
+        "load": loads,
+        "rss_mb": memory,
     }
 
 
@@ -230,12 +235,14 @@ def measure(options: argparse.Namespace, folder: Path) -> int:
             result["same"] = f"{same} of {len(prompts)}"
     print(
         "| variant | MB | cosine to fp32, min | embed, ms | / llama.cpp | decide, ms | / llama.cpp's 8 tokens "
-        "| load, s | memory, MB | same continuations |\n|---|---|---|---|---|---|---|---|---|---|"
+        "| load, s | memory embedding, MB | memory deciding, MB | same continuations |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|"
     )
     for r in results:
         print(
             f"| {r['variant']} | {r['mb']} | {r['cosine_min']} | {r['embed']} | {r.get('embed_ratio', '-')} "
-            f"| {r['route']} | {r.get('route_ratio', '-')} | {r['load']} | {r['rss_mb']} | {r.get('same', '-')} |"
+            f"| {r['route']} | {r.get('route_ratio', '-')} | {r['load'][0]} | {r['rss_mb'][0]} | {r['rss_mb'][1]} "
+            f"| {r.get('same', '-')} |"
         )
     if options.json:
         options.json.write_text(json.dumps({"machine": device.cpu, "threads": options.threads, "rows": results}) + "\n")

@@ -20,12 +20,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge.decoder import Sizes
 from export.errors import ToolchainError
-from export.onnx import INPUTS, OPSET, OUTPUT, save_with_weights, weights_path
+from export.onnx import INPUTS, OPSET, OUTPUT, weights_path
 from export.wrapper import SentenceEncoder
 
 LONGEST = 32768  # tokens that the graphs have positions for
 _MICROSOFT = "com.microsoft"
 _POOLING = ("mean", "lasttoken")
+_INLINE = 1024  # bytes from which a tensor goes to the file of weights
 _BLOCKS = (128, 64, 32, 16)  # values that share a scale, the most that divide a row
 
 
@@ -47,22 +48,50 @@ def export_decoder(model: SentenceEncoder, path: Path) -> None:
     mask over the keys would take memory by the square of a text's length, which ONNX Runtime's attention by itself
     does not.
     """
-    graph = _Graph(model)
+    weights_path(path).unlink(missing_ok=True)
+    graph = _Graph(model, _Weights(weights_path(path)))
     graph.attend_without_cache()
     hidden = graph.layers()
     graph.pool(hidden, model.pooling[0])
     graph.save(path)
 
 
+class _Weights:
+    """Tensors of a graph. Large ones go to its file of weights at once: there are gigabytes of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: list[onnx.TensorProto] = []
+
+    def add(self, name: str, values: NDArray[Any]) -> str:
+        if values.nbytes < _INLINE:
+            self.tensors.append(numpy_helper.from_array(np.array(values, order="C"), name))
+            return name
+        with self.path.open("ab") as stream:
+            stream.write(b"\0" * (-stream.tell() % 4096))  # so that it can be mapped
+            offset = stream.tell()
+            stream.write(np.ascontiguousarray(values).data)
+        tensor = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
+        self._place(tensor, self.path.name, offset, values.nbytes)
+        return name
+
+    def _place(self, tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", offset), ("length", length)):
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, str(value)
+        self.tensors.append(tensor)
+
+
 class _Graph:
     """A graph under construction; nodes are named after what they compute."""
 
-    def __init__(self, model: SentenceEncoder) -> None:
+    def __init__(self, model: SentenceEncoder, weights: _Weights) -> None:
         self.backbone = model.backbone
         self.config = model.backbone.config
         self.width = int(self.config.hidden_size)
         self._nodes: list[onnx.NodeProto] = []
-        self._weights: list[onnx.TensorProto] = []
+        self._weights = weights
         self._attention: list[str] = []  # GroupQueryAttention's inputs after the packed queries, keys and values
 
     def node(self, operator: str, inputs: Sequence[str], name: str, outputs: int = 1, **attributes: Any) -> str:
@@ -73,8 +102,7 @@ class _Graph:
 
     def weight(self, name: str, values: torch.Tensor | NDArray[Any]) -> str:
         array = values.detach().float().numpy() if isinstance(values, torch.Tensor) else values
-        self._weights.append(numpy_helper.from_array(np.array(array, order="C"), name))
-        return name
+        return self._weights.add(name, array)
 
     def product(self, value: str, name: str, layers: Sequence[Any]) -> str:
         """Linear layers side by side, as one product."""
@@ -170,18 +198,13 @@ class _Graph:
     def save(self, path: Path) -> None:
         ids, mask = (helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "tokens"]) for name in INPUTS)
         output = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", self.width])
-        graph = helper.make_graph(self._nodes, "embedding", [ids, mask], [output], self._weights)
-        save(graph, path)
+        graph = helper.make_graph(self._nodes, "embedding", [ids, mask], [output], self._weights.tensors)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(_MICROSOFT, 1)]
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
 
 
 STATES = "states"  # the last hidden states, in the embedding graph
 _CONTRIBUTED = {"GroupQueryAttention", "SkipSimplifiedLayerNormalization", "MatMulNBits", "GatherBlockQuantized"}
-
-
-def save(graph: onnx.GraphProto, path: Path) -> None:
-    """Write a graph, and its weights to a file beside it."""
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(_MICROSOFT, 1)]
-    save_with_weights(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
 
 
 def sizes_of(language_model: Any) -> Sizes:
@@ -269,28 +292,13 @@ def _needed(graph: onnx.GraphProto, wanted: str, given: set[str]) -> list[onnx.N
     return [node for node in graph.node if node.name in found]
 
 
-class _Appended:
-    """Initialisers of a graph, and new ones that are appended to its file of weights."""
+class _Appended(_Weights):
+    """Initialisers of a graph that is there, and new ones."""
 
     def __init__(self, source: Path, graph: onnx.GraphProto, names: set[str]) -> None:
-        self.path = weights_path(source)
+        super().__init__(weights_path(source))
         self.known = {tensor.name: tensor for tensor in graph.initializer}
         self.tensors = [tensor for tensor in graph.initializer if tensor.name in names]
-
-    def add(self, name: str, values: NDArray[Any]) -> str:
-        """A tensor of the graph's own, small."""
-        self.tensors.append(numpy_helper.from_array(values, name))
-        return name
-
-    def append(self, name: str, values: NDArray[Any]) -> str:
-        """A tensor whose values go into the file."""
-        with self.path.open("ab") as stream:
-            stream.write(b"\0" * (-stream.tell() % 4096))  # so that it can be mapped
-            offset = stream.tell()
-            stream.write(np.ascontiguousarray(values).tobytes())
-        tensor = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
-        self._place(tensor, self.path.name, offset, values.nbytes)
-        return name
 
     def shaped(self, name: str, alias: str, shape: Sequence[int]) -> str:
         """A known tensor's values in another shape, under another name."""
@@ -304,13 +312,6 @@ class _Appended:
             self.tensors.append(tensor)
         return alias
 
-    def _place(self, tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", location), ("offset", offset), ("length", length)):
-            entry = tensor.external_data.add()
-            entry.key, entry.value = key, str(value)
-        self.tensors.append(tensor)
-
 
 def _output_layer(graph: onnx.GraphProto, weights: _Appended, language_model: Any, source: Path) -> onnx.NodeProto:
     """The product of the chosen states and the output layer, in the precision of the embedding's table."""
@@ -321,7 +322,7 @@ def _output_layer(graph: onnx.GraphProto, weights: _Appended, language_model: An
     if lookup is None or lookup.op_type not in ("Gather", "GatherBlockQuantized"):
         raise ToolchainError(f"{source.name}: its embedding table cannot be shared. Export it again.")
     if lookup.op_type == "Gather":
-        table = lookup.input[0] if tied else weights.append("head", head.float().numpy())
+        table = lookup.input[0] if tied else weights.add("head", head.float().numpy())
         return helper.make_node("Gemm", ["chosen", table], ["logits"], name="logits", transB=1)
     names = [lookup.input[0], lookup.input[2], lookup.input[3]]
     block = next(item.i for item in lookup.attribute if item.name == "block_size")
@@ -334,9 +335,9 @@ def _output_layer(graph: onnx.GraphProto, weights: _Appended, language_model: An
     else:
         parts = quantise_rows(head.float().numpy(), block)
         names = [
-            weights.append("head.0", parts[0].reshape(vocabulary, blocks, block)),
-            weights.append("head.1", parts[1]),
-            weights.append("head.2", parts[2]),
+            weights.add("head.0", parts[0].reshape(vocabulary, blocks, block)),
+            weights.add("head.1", parts[1]),
+            weights.add("head.2", parts[2]),
         ]
     return helper.make_node(
         "MatMulNBits",

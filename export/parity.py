@@ -38,7 +38,8 @@ Case = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]  # and t
 # The first stage: the network as it is exported, against the checkpoint's own code.
 NETWORK = "network"
 NETWORK_BOUND = 0.999999
-_LONGEST = 512  # tokens of the longest batch; attention over more takes memory by the square
+_LONGEST = 512  # tokens of the grid's longest text; attention over more takes memory by the square
+_BATCHED = 64  # tokens of its longest batch of several texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,14 +373,14 @@ def _or_null(value: Any) -> Any:
 
 
 def _grid(ids: list[list[int]], longest: int, padding: int, sides: Sequence[str]) -> dict[str, Batch]:
-    """Batches of 1 and 8 at 1, 2, 13, 64 and ``longest`` tokens, full and heavily padded."""
+    """Batches of 1 and 8 at 1, 2, 13 and 64 tokens, and one text of ``longest``, full and heavily padded."""
     stream = [token for row in ids for token in row[1:-1]]
     stream *= 1 + 8 * longest // len(stream)
     first, last = ids[0][0], ids[0][-1]
     cases = {}
     for batch in (1, 8):
         for tokens in sorted({1, 2, 13, 64, longest}):
-            if tokens > longest:
+            if tokens > longest or (batch > 1 and tokens > _BATCHED):  # which would take a large network minutes
                 continue
             block = np.array(stream[: batch * tokens], dtype=np.int64).reshape(batch, tokens)
             block[:, 0] = first
