@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
 
 from edge.bundle import Bundle, Calibration
 from edge.decoder import STEP, Cache, Decoder, Sizes
@@ -64,6 +65,7 @@ def export_generators(checkpoint: Checkpoint, folder: Path, variants: Sequence[s
     network = checkpoint.language_model
     assert network is not None
     sizes = sizes_of(network)
+    answers = ask_network(checkpoint)
     end = network.config.eos_token_id
     entries = []
     for variant in variants:
@@ -71,7 +73,7 @@ def export_generators(checkpoint: Checkpoint, folder: Path, variants: Sequence[s
             continue
         path = folder / f"generator.{variant}.onnx"
         write_generator(folder / f"model.{variant}.onnx", path, network)
-        proof = prove_generator(checkpoint, path, sizes)
+        proof = prove_generator(answers, path, sizes)
         if variant == "fp32" and not proof.exact:
             raise ParityError(
                 f"the generator does not do what the network does; other next tokens for {proof.different[:3]}. No "
@@ -129,22 +131,53 @@ class Proof(NamedTuple):
         return f"{same}; a text of {self.tokens} tokens, read in steps, is embedded at cosine {self.cosine:.5f}"
 
 
-def prove_generator(checkpoint: Checkpoint, path: Path, sizes: Sizes) -> Proof:
-    """Hold a generating graph against the network: greedy tokens of the exporter's tasks, and a text read in steps."""
+class Answers(NamedTuple):
+    """What the network says, for its generating graphs to be held against.
+
+    Attributes:
+        texts: The exporter's tasks.
+        rows: Their ids, cut to 64.
+        tokens: The ``STEPS`` greedy tokens behind each.
+        long: Ids of a text that is read in more than one step, if the checkpoint has so many positions.
+        vector: Its embedding, (dim,) float32.
+        pooling: As the bundle names it.
+    """
+
+    texts: list[str]
+    rows: list[list[int]]
+    tokens: list[list[int]]
+    long: list[int]
+    vector: NDArray[np.float32]
+    pooling: str
+
+
+def ask_network(checkpoint: Checkpoint) -> Answers:
+    """Let the network answer; a 0.5B one takes a minute."""
     texts = parity_texts("tasks")
     rows = checkpoint.tokenize(texts, min(64, checkpoint.max_length - STEPS))
-    # As many tokens as make a second step, if the checkpoint has so many positions.
     long = [token for row in rows for token in row][: min(STEP + STEP // 2, checkpoint.max_length)]
+    mode = checkpoint.pooling[0]
+    return Answers(
+        texts,
+        rows,
+        [_network_tokens(checkpoint.language_model, row) for row in rows],
+        long,
+        embed(checkpoint.encoder(), [long])[0].numpy(),
+        BUNDLE_POOLING.get(mode, mode),
+    )
+
+
+def prove_generator(answers: Answers, path: Path, sizes: Sizes) -> Proof:
+    """Hold a generating graph against the network: greedy tokens from the cache, and a text read in steps."""
     with quiet("running the generating graph"):
         decoder = Decoder(ort.InferenceSession(path, providers=["CPUExecutionProvider"]), sizes)
         different = [
             text
-            for text, row in zip(texts, rows, strict=True)
-            if _next_tokens(decoder, row) != _network_tokens(checkpoint.language_model, row)
+            for text, row, tokens in zip(answers.texts, answers.rows, answers.tokens, strict=True)
+            if _next_tokens(decoder, row) != tokens
         ]
-        mode = checkpoint.pooling[0]
-        vector = decoder.embed(long, BUNDLE_POOLING.get(mode, mode))
-    return Proof(len(texts), different, len(long), float(embed(checkpoint.encoder(), [long])[0].numpy() @ vector))
+        vector = decoder.embed(answers.long, answers.pooling)
+    return Proof(len(answers.texts), different, len(answers.long), float(answers.vector @ vector))
 
 
 def calibrate_generator(
@@ -176,6 +209,6 @@ def _network_tokens(network: Any, row: list[int]) -> list[int]:
     """The same by the network, which reads the whole text anew at each step."""
     ids = torch.tensor([row])
     for _ in range(STEPS):
-        following = network(input_ids=ids).logits[0, -1].argmax()
+        following = network(input_ids=ids, logits_to_keep=1).logits[0, -1].argmax()
         ids = torch.cat([ids, following[None, None]], dim=1)
     return [int(token) for token in ids[0, len(row) :]]

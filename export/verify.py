@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edge.bundle import Bundle, File, Generator, Variant
+from edge.bundle import Bundle, File, Variant
 from edge.decoder import Sizes
 from edge.doctor import Check, examine
 from edge.encoder import Encoder
@@ -20,7 +20,7 @@ from export.calibrate import Routed
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.coreml import PACKAGES
 from export.errors import CheckpointError
-from export.generator import prove_generator
+from export.generator import ask_network, prove_generator
 from export.mil import MilProgram
 from export.parity import (
     NETWORK,
@@ -84,7 +84,7 @@ def verify(
         reports += found
         if longest is not None:
             short = Reference(Inputs.of_checkpoint(checkpoint, longest), NETWORK, run)
-        checks += [_generates(bundle, generator, checkpoint) for generator in bundle.generators]
+        checks += _generators(bundle, checkpoint)
         if labelled:
             calibration = bundle.variant().calibration["trained"]
             router = Router(
@@ -152,14 +152,20 @@ def _checkpoint(bundle: Bundle, path: Path, quiet: bool) -> Checkpoint:
     return replace(checkpoint, max_length=min(checkpoint.max_length, bundle.encoder.max_length))
 
 
-def _generates(bundle: Bundle, generator: Generator, checkpoint: Checkpoint) -> Check:
-    """The exporter's gate for a generating graph, redone."""
+def _generators(bundle: Bundle, checkpoint: Checkpoint) -> list[Check]:
+    """The exporter's gate for generating graphs, redone."""
+    if not bundle.generators:
+        return []
     if checkpoint.language_model is None:
         raise CheckpointError(f"{checkpoint.folder}: cannot generate, but the bundle can. Give what it was made of.")
-    sizes = Sizes(generator.layers, generator.kv_heads, generator.head_dim)
-    with _placed(bundle, (generator.model, generator.weights)) as path:
-        proof = prove_generator(checkpoint, path, sizes)
-    return Check(f"generator {generator.id}", proof.exact or generator.id != "fp32", str(proof))
+    answers = ask_network(checkpoint)
+    checks = []
+    for generator in bundle.generators:
+        sizes = Sizes(generator.layers, generator.kv_heads, generator.head_dim)
+        with _placed(bundle, (generator.model, generator.weights)) as path:
+            proof = prove_generator(answers, path, sizes)
+        checks.append(Check(f"generator {generator.id}", proof.exact or generator.id != "fp32", str(proof)))
+    return checks
 
 
 @contextlib.contextmanager
