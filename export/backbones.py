@@ -114,7 +114,7 @@ def _run_modernbert(backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor) -
     positions = (_counted(mask) - 1).clamp(min=0)
     everywhere = _additive(mask)
     # Local layers see so many tokens to either side.
-    order = torch.arange(ids.shape[1])
+    order = torch.arange(ids.shape[1], device=ids.device)
     far = (order[:, None] - order[None, :]).abs() > backbone.config.local_attention // 2
     nearby = everywhere + far.to(torch.float32)[None, None] * _MASKED
     hidden = backbone.embeddings(input_ids=ids)
@@ -126,7 +126,7 @@ def _run_modernbert(backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor) -
 
 def _run_decoder(backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     positions = (_counted(mask) - 1).clamp(min=0)
-    order = torch.arange(ids.shape[1])
+    order = torch.arange(ids.shape[1], device=ids.device)
     later = (order[None, :] > order[:, None]).to(torch.float32)
     additive = torch.maximum(later[None, None], 1.0 - mask[:, None, None, :].to(torch.float32)) * _MASKED
     hidden = backbone.embed_tokens(ids)

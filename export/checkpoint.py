@@ -362,15 +362,24 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, head: Head) -> None:
-    """Write weights in fp16 (half the bytes; cosine to fp32 above 0.99999), tokenizer, modules and head."""
+    """Write weights in fp16 (half the bytes; cosine to fp32 above 0.99999), tokenizer, modules and head.
+
+    A causal language model keeps its output layer, which is left out where it is the embedding.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().half().contiguous() for name, value in checkpoint.backbone.state_dict().items()}
+    backbone, language_model = checkpoint.backbone, checkpoint.language_model
+    state = backbone.state_dict()
+    if language_model is not None:
+        state = {f"model.{name}": value for name, value in state.items()}
+        if not backbone.config.tie_word_embeddings:
+            state["lm_head.weight"] = language_model.lm_head.weight
+    state = {name: value.detach().half().contiguous() for name, value in state.items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = checkpoint.backbone.config.to_diff_dict()
+    config = backbone.config.to_diff_dict()
     for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "gradient_checkpointing"):
         config.pop(key, None)
-    backbone = checkpoint.backbone
-    config |= {"model_type": backbone.config.model_type, "architectures": [type(backbone).__name__]}
+    network = backbone if language_model is None else language_model
+    config |= {"model_type": backbone.config.model_type, "architectures": [type(network).__name__]}
     config["torch_dtype"] = "float16"
     _write_json(folder / "config.json", config)
     checkpoint.tokenizer.save(str(folder / "tokenizer.json"))

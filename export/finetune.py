@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import random
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -31,12 +32,13 @@ from tqdm import tqdm
 
 from edge.agents import Agent
 from edge.errors import MissingExtra
-from export import losses
+from export import lora, losses
 from export.checkpoint import Checkpoint, Head, save_checkpoint
 from export.dataset import OUT_OF_SCOPE, Dataset, Example, Judged
 from export.errors import RecipeError
 from export.heads import choose_head
-from export.recipe import Train
+from export.nomic import NomicBert
+from export.recipe import DEVICES, Lora, Train
 from export.wrapper import SentenceEncoder, embed, forward
 
 _PREFERENCES_A_STEP = 16  # judged tasks that join each batch
@@ -49,7 +51,8 @@ class Plan:
     Attributes:
         name: For ``metrics.json``.
         start: Checkpoint to train; its head, if it is of the same agents, gives the first prototypes.
-        reference: Checkpoint whose vectors are retained or imitated; ``start`` as it was, as a rule.
+        reference: Checkpoint whose vectors are retained or imitated. They are computed before training
+            begins, so that it may be ``start`` itself.
         agents: The agents of the labels.
         dataset: Tasks to train on and to judge by.
         extra: More tasks to train on, of which each epoch draws a share: commit subjects, whose labels
@@ -57,6 +60,7 @@ class Plan:
         judged: Preferences, for the reward term.
         soft: A teacher's probabilities (agents, then out of scope) by task.
         settings: How.
+        lora: Adapters to train in the weights' stead, if their rank is above 0.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Plan:
     agents: Sequence[Agent]
     dataset: Dataset
     settings: Train
+    lora: Lora = field(default_factory=Lora)
     extra: Sequence[Example] = ()
     judged: Sequence[Judged] = ()
     soft: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -77,10 +82,11 @@ class Plan:
     def fingerprint(self) -> str:
         """Digest of all that decides a run, so that no run is resumed with another's state."""
         digest = hashlib.sha256(self.dataset.digest().encode())
-        for part in (asdict(self.settings), [*map(asdict, self.extra)], [*map(asdict, self.judged)]):
+        settings = (asdict(self.settings), asdict(self.lora))
+        for part in (*settings, [*map(asdict, self.extra)], [*map(asdict, self.judged)]):
             digest.update(json.dumps(part, sort_keys=True).encode())
         for checkpoint in (self.start, self.reference):
-            digest.update(checkpoint.backbone.get_input_embeddings().weight.detach().numpy().tobytes())
+            digest.update(checkpoint.backbone.get_input_embeddings().weight.detach().cpu().numpy().tobytes())
         for task, probabilities in sorted(self.soft.items()):
             digest.update(task.encode() + probabilities.numpy().tobytes())
         return digest.hexdigest()
@@ -106,12 +112,25 @@ class _Judged:
 
 
 class _Network(nn.Module):
-    """All that is trained: the encoder, and (agents + 1, dim) prototypes."""
+    """The encoder, and (agents + 1, dim) prototypes."""
 
     def __init__(self, encoder: SentenceEncoder, prototypes: torch.Tensor) -> None:
         super().__init__()
         self.encoder = encoder
         self.prototypes = nn.Parameter(prototypes)
+
+
+def _trained(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What of a module's state changes in training: all of it but frozen parameters."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in frozen}
+
+
+def _restore(module: nn.Module, trained: dict[str, torch.Tensor]) -> None:
+    """Put back what ``_trained`` gave, all of it."""
+    changing = _trained(module)
+    frozen = {name: value for name, value in module.state_dict().items() if name not in changing}
+    module.load_state_dict(frozen | trained)
 
 
 class _Run:
@@ -158,18 +177,22 @@ class _Run:
         self.epochs.append(measured)
         if len(self.epochs) == 1 or measured["dev_accuracy"] > self.epochs[self.best_epoch - 1]["dev_accuracy"]:
             self.best_epoch = len(self.epochs)
-            self.best = {name: value.clone() for name, value in self.averaged().state_dict().items()}
-        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+            self.best = {name: value.to("cpu", copy=True) for name, value in _trained(self.averaged()).items()}
+        tensors = {f"network.{name}": value for name, value in _trained(self.network).items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors["random"] = torch.get_rng_state()
+        device = self.network.prototypes.device
+        if device.type != "cpu":
+            tensors[f"random.{device.type}"] = torch.get_device_module(device).get_rng_state()
         if self._average is not None:
-            tensors |= {f"average.{name}": value for name, value in self._average.state_dict().items()}
+            tensors |= {f"average.{name}": value for name, value in _trained(self._average).items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
         partial = folder.with_name(folder.name + ".new")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({name: value.contiguous().clone() for name, value in tensors.items()}, partial / "state.safetensors")
+        copies = {name: value.to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+        save_file(copies, partial / "state.safetensors")
         note = {
             "fingerprint": self.fingerprint,
             "step": self.step,
@@ -200,11 +223,14 @@ class _Run:
         def under(prefix: str) -> dict[str, torch.Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-        self.network.load_state_dict(under("network."))
+        _restore(self.network, under("network."))
         self.best = under("best.")
         torch.set_rng_state(tensors["random"])
+        device = self.network.prototypes.device
+        if f"random.{device.type}" in tensors:
+            torch.get_device_module(device).set_rng_state(tensors[f"random.{device.type}"])
         if self._average is not None:
-            self._average.load_state_dict(under("average."))
+            _restore(self._average, under("average."))
         state = self.optimizer.state_dict()
         for name, value in under("optimizer.").items():
             index, key = name.split(".")
@@ -231,13 +257,14 @@ def finetune(plan: Plan, out: Path, *, restart: bool = False, quiet: bool = Fals
         RecipeError: The data or ``out`` cannot be used, or ``out`` holds the state of another run.
     """
     settings = plan.settings
-    if plan.start.dense:
-        raise RecipeError(f"{plan.name}: a base with dense layers is not trained. Use another base.")
+    if plan.start.dense or isinstance(plan.start.backbone, NomicBert):
+        raise RecipeError(f"{plan.name}: a base with dense layers, or a nomic-bert, is not trained. Use another base.")
     if out.exists() and not (out / "metrics.json").exists():
         raise RecipeError(
             f"{out}: exists and is no checkpoint of an earlier training. Choose another folder for --out."
         )
-    if importlib.util.find_spec("matplotlib") is None:  # asked now, not after an hour of training
+    needed = ["matplotlib"] + ["peft"] * (plan.lora.rank > 0)
+    if any(importlib.util.find_spec(name) is None for name in needed):  # asked now, not after an hour of training
         raise MissingExtra("ruvltra-export finetune", "train")
     if settings.epochs < 1:
         raise RecipeError(f"{plan.name}: epochs must be at least 1. Correct the recipe.")
@@ -245,10 +272,15 @@ def finetune(plan: Plan, out: Path, *, restart: bool = False, quiet: bool = Fals
     if restart:
         shutil.rmtree(resuming, ignore_errors=True)
     torch.manual_seed(settings.seed)
+    device = _device(settings.device)
+    if plan.lora.rank > 0:
+        lora.attach(plan.start.backbone, plan.lora)
+    for checkpoint in (plan.start, plan.reference):
+        checkpoint.encoder().to(device)  # in place
     examples = [*plan.dataset.train, *plan.extra]
     rows = _rows(plan, examples, quiet)
     judged = _judged(plan)
-    network = _Network(plan.start.encoder(), _initial_prototypes(plan, rows))
+    network = _Network(plan.start.encoder(), _initial_prototypes(plan, rows)).to(device)
     drawn = rows.authored + int(settings.extra_share * (len(examples) - rows.authored))
     run = _Run(plan, network, settings.epochs * math.ceil(drawn / settings.batch_size))
     run.resume(resuming)
@@ -277,7 +309,9 @@ def finetune(plan: Plan, out: Path, *, restart: bool = False, quiet: bool = Fals
         if not quiet:
             tqdm.write(f"epoch {epoch + 1}: " + "  ".join(f"{k} {v:.4f}" for k, v in measured.items()))
         run.finish_epoch(measured, resuming)
-    network.load_state_dict(run.best)
+    _restore(network, run.best)
+    if plan.lora.rank > 0:
+        lora.merge(plan.start.backbone)
     parts = {
         part: (
             embed(
@@ -303,14 +337,34 @@ def finetune(plan: Plan, out: Path, *, restart: bool = False, quiet: bool = Fals
             "soft": len(plan.soft),
         },
         "settings": asdict(settings),
+        "lora": asdict(plan.lora),
+        "device": device.type,
         "versions": {"torch": torch.__version__},
         "best_epoch": run.best_epoch,
         "heads": compared,
         "epochs": run.epochs,
     }
+    network.cpu()
     _write(out, plan.start, head, metrics)
     shutil.rmtree(resuming, ignore_errors=True)
     return metrics
+
+
+def _device(name: str) -> torch.device:
+    """Where to train: ``cuda``, ``mps`` or ``cpu``, or by ``auto`` the first of these that torch has here.
+
+    Raises:
+        RecipeError: It has it not.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in DEVICES if there[kind])
+    elif not there[name]:
+        raise RecipeError(
+            f"train: torch {torch.__version__} finds no device {name!r} here. Install a torch that has it, or set "
+            "device = 'auto'."
+        )
+    return torch.device(name)
 
 
 def _write(out: Path, checkpoint: Checkpoint, head: Head, metrics: dict[str, Any]) -> None:
@@ -335,12 +389,15 @@ def _rate(step: int, total: int, warmup: float) -> float:
 
 
 def _parameter_groups(network: _Network, settings: Train) -> list[dict[str, Any]]:
-    """Rates fall by ``layer_decay`` from layer to layer downwards; biases and norms do not decay."""
+    """What is trained. Rates fall by ``layer_decay`` from layer to layer downwards; biases and norms do not decay."""
     backbone = network.encoder.backbone
     layers = int(backbone.config.num_hidden_layers)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in backbone.named_parameters():
-        depth = int(name.split(".layer.")[1].split(".")[0]) + 1 if ".layer." in name else 0
+        if not parameter.requires_grad:
+            continue
+        layer = re.search(r"\blayers?\.(\d+)\.", name)  # an encoder's "layer", a decoder's "layers"
+        depth = int(layer[1]) + 1 if layer else 0
         rate = settings.learning_rate * settings.layer_decay ** (layers - depth)
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
@@ -432,7 +489,7 @@ def _mine(network: _Network, rows: _Rows, settings: Train) -> list[int]:
     """
     vectors = embed(network.encoder, rows.ids[: rows.authored], settings.precision)
     label = rows.label[: rows.authored]
-    unit = nn.functional.normalize(network.prototypes, dim=1)
+    unit = nn.functional.normalize(network.prototypes, dim=1).cpu()
     count = len(unit)
     similarity = torch.stack([(vectors[label == a] @ unit.T).mean(0) for a in range(count)]).nan_to_num(-1.0)
     similarity.fill_diagonal_(-torch.inf)
@@ -500,18 +557,22 @@ def _weights(settings: Train) -> dict[str, float]:
 def _losses(network: _Network, rows: _Rows, index: torch.Tensor, settings: Train) -> dict[str, torch.Tensor]:
     """The terms in use, each a weighted mean over the batch; the reward's comes from other tasks."""
     vectors = forward(network.encoder, [rows.ids[i] for i in index.tolist()], settings.precision)
-    label, near, weight = rows.label[index], rows.near[index], rows.weight[index]
+
+    def of_batch(values: torch.Tensor) -> torch.Tensor:
+        return values[index].to(vectors.device)
+
+    label, near, weight = of_batch(rows.label), of_batch(rows.near), of_batch(rows.weight)
     weight = weight / weight.sum().clamp(min=1e-6)
     cosine = vectors @ nn.functional.normalize(network.prototypes, dim=1).T
     others = None
     if settings.in_batch_negatives:
-        others = losses.in_batch_negatives(vectors, label, index < rows.authored)
+        others = losses.in_batch_negatives(vectors, label, (index < rows.authored).to(vectors.device))
     terms = {
         "infonce": lambda: (losses.infonce(cosine, label, settings.temperature, others) * weight).sum(),
         "triplet": lambda: (losses.triplet(cosine, label, near, settings.margin) * weight).sum(),
-        "retention": lambda: losses.retention(vectors, rows.reference[index], label, settings.label_share),
-        "imitation": lambda: losses.imitation(vectors, rows.reference[index]).mean(),
-        "soft": lambda: losses.soft_labels(cosine, rows.soft[index], settings.temperature).mean(),
+        "retention": lambda: losses.retention(vectors, of_batch(rows.reference), label, settings.label_share),
+        "imitation": lambda: losses.imitation(vectors, of_batch(rows.reference)).mean(),
+        "soft": lambda: losses.soft_labels(cosine, of_batch(rows.soft), settings.temperature).mean(),
     }
     return {name: terms[name]() for name in _weights(settings) if name in terms}
 
@@ -522,11 +583,11 @@ def _reward(network: _Network, judged: _Judged, step: int, settings: Train) -> t
     index = [i % len(judged.ids) for i in range(start, start + min(_PREFERENCES_A_STEP, len(judged.ids)))]
     vectors = forward(network.encoder, [judged.ids[i] for i in index], settings.precision)
     cosine = vectors @ nn.functional.normalize(network.prototypes, dim=1).T
-    return losses.reward(cosine, judged.advantage[index], settings.temperature).mean()
+    return losses.reward(cosine, judged.advantage[index].to(vectors.device), settings.temperature).mean()
 
 
 def _head(names: list[str], network: _Network) -> Head:
-    unit = nn.functional.normalize(network.prototypes.detach(), dim=1)
+    unit = nn.functional.normalize(network.prototypes.detach(), dim=1).cpu()
     return Head(tuple(names), unit[:-1, None].clone(), unit[-1].clone())
 
 

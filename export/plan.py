@@ -20,6 +20,7 @@ from export.dataset import (
     load_preferences,
     split_groups,
 )
+from export.decoder import LONGEST
 from export.errors import CheckpointError, RecipeError
 from export.finetune import Plan
 from export.parity import parity_texts
@@ -81,17 +82,18 @@ def plan_recipe(
         )
         labels = [*names, OUT_OF_SCOPE]
         further = [*further, *(Example(t, labels[int(soft[t].argmax())], None, 0.0) for t in made_up if t in soft)]
-    origin = recipe.base_folder() if start is None else start
-    begin = load_start(origin)
+    base = load_start(recipe.base_path() if start is None else start)
+    begin = base
     if start is None and recipe.student != Student():
-        begin = shrink(begin, recipe.student, [e.task for e in (*dataset.train, *further)])
+        begin = shrink(base, recipe.student, [e.task for e in (*dataset.train, *further)])
     return Plan(
         name=recipe.name,
         start=begin,
-        reference=load_start(origin),
+        reference=base,
         agents=agents,
         dataset=dataset,
         settings=settings,
+        lora=recipe.lora,
         extra=further,
         judged=[
             judged
@@ -140,7 +142,7 @@ def plan_adaptation(start: Path, extra: Sequence[Path]) -> Plan:
     return Plan(
         name=f"{start.resolve().name} adapted",
         start=begin,
-        reference=load_start(start),
+        reference=begin,
         agents=[Agent(name) for name in names],
         dataset=dataset,
         settings=settings,
@@ -176,4 +178,7 @@ def _variations(recipe: Recipe, dataset: Dataset) -> list[str]:
 
 def load_start(path: Path) -> Checkpoint:
     """A checkpoint, or a bundle as one."""
-    return unpack_bundle(path) if is_bundle(path) else load_checkpoint(path)
+    if path.suffix != ".gguf" and is_bundle(path):
+        return unpack_bundle(path)
+    # A language model keeps the length that it can generate with; training cuts its texts anyway.
+    return load_checkpoint(path, longest=LONGEST)

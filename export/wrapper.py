@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -103,13 +104,15 @@ BUNDLE_POOLING = {"mean_sqrt_len_tokens": "mean_sqrt_len", "weightedmean": "weig
 
 
 def forward(model: SentenceEncoder, ids: Sequence[list[int]], precision: str = "float32") -> torch.Tensor:
-    """(n, dim) float32 vectors of token ids, padded to one batch.
+    """(n, dim) float32 vectors of token ids, padded to one batch; they are where the network is.
 
     ``precision`` is that of the layers: ``float32`` or ``bfloat16``.
     """
-    padded = pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in ids], batch_first=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+    device = next(model.parameters()).device
+    padded = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in ids], batch_first=True).to(device)
+    halved = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+    with halved:
         vectors: torch.Tensor = model(padded, mask)
     return vectors.float()
 
@@ -118,7 +121,7 @@ def forward(model: SentenceEncoder, ids: Sequence[list[int]], precision: str = "
 def embed(
     model: SentenceEncoder, ids: Sequence[list[int]], precision: str = "float32", progress: str = ""
 ) -> torch.Tensor:
-    """(n, dim) float32 vectors of any number of rows of token ids, without gradients.
+    """(n, dim) float32 vectors of any number of rows of token ids, on the CPU and without gradients.
 
     ``progress`` is what a progress bar says; without it there is none.
     """
@@ -127,5 +130,5 @@ def embed(
     result = torch.empty(len(ids), model.dim)
     for start in tqdm(range(0, len(order), 128), desc=progress, disable=not progress, unit="batch"):
         part = order[start : start + 128]
-        result[part] = forward(model, [ids[i] for i in part], precision)
+        result[part] = forward(model, [ids[i] for i in part], precision).cpu()
     return result

@@ -134,11 +134,11 @@ def test_missing_recipe_and_missing_base(tmp_path: Path, mini: Recipe) -> None:
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(tmp_path / "recipe.toml")
     with pytest.raises(RecipeError, match=r"pip install 'ruvltra-edge\[train\]'"):
-        replace(mini, base="package:no_such_package/model").base_folder()
-    with pytest.raises(RecipeError, match="has no model"):
-        replace(mini, base="data").base_folder()
+        replace(mini, base="package:no_such_package/model").base_path()
+    with pytest.raises(RecipeError, match="has no file"):
+        replace(mini, base="data").base_path()
     with pytest.raises(RecipeError, match="is not the recipe's"):
-        replace(mini, base_sha256="0" * 64).base_folder()
+        replace(mini, base_sha256="0" * 64).base_path()
 
 
 def test_split_command_writes_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str], mini: Recipe) -> None:
