@@ -1,4 +1,4 @@
-"""A BERT encoder laid out for the Apple Neural Engine, with BERT's own weights.
+"""BERT encoders and Llama- or Qwen2-like decoders laid out for the Apple Neural Engine, with their own weights.
 
 After the principles of "Deploying Transformers on the Apple Neural Engine" (Apple Machine Learning
 Research, 2022): tensors are (batch, channels, 1, tokens), linear layers are 1x1 convolutions, attention
@@ -7,7 +7,8 @@ is taken apart into its heads, and nothing is reshaped between the embedding and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,22 +24,53 @@ LENGTH_EPSILON = 1e-6
 MASKED = -1e4  # added to attention logits; minus infinity would make rows of padding not a number
 
 
+@dataclass(frozen=True, slots=True)
+class _Supported:
+    """What a network of a kind may have."""
+
+    activation: str
+    pooling: tuple[str, ...]
+
+
+_DECODER = _Supported("silu", ("mean", "lasttoken"))
+_SUPPORTED = {"bert": _Supported("gelu", ("mean",)), "llama": _DECODER, "qwen2": _DECODER}
+
+
 def check_supported(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless a checkpoint is a BERT with mean pooling and nothing behind it."""
+    """Raise CheckpointError unless a checkpoint is of a kind that packages can hold.
+
+    That is a BERT with mean pooling, or a Llama- or Qwen2-like decoder with mean or last-token pooling, and nothing
+    behind the pooling.
+    """
     config = checkpoint.backbone.config
+    known = _SUPPORTED.get(config.model_type)
     what = None
-    if config.model_type != "bert":
-        what = f"model_type {config.model_type!r}; only 'bert' is supported"
-    elif config.hidden_act != "gelu":
-        what = f"the activation {config.hidden_act!r}; only 'gelu' is supported"
-    elif checkpoint.pooling != ("mean",):
-        what = f"the pooling {', '.join(checkpoint.pooling)}; only 'mean' is supported"
+    if known is None:
+        what = f"model_type {config.model_type!r}; only {', '.join(_SUPPORTED)} are supported"
+    elif config.hidden_act != known.activation:
+        what = f"the activation {config.hidden_act!r}; only {known.activation!r} is supported"
+    elif checkpoint.pooling not in [(mode,) for mode in known.pooling]:
+        what = f"the pooling {', '.join(checkpoint.pooling)}; only {' or '.join(known.pooling)} is supported"
     elif checkpoint.dense:
         what = "dense layers behind the pooling, which are not supported"
     if what:
         raise CheckpointError(
             f"{checkpoint.folder}: has {what} in CoreML packages. Leave the CoreML variants out, or use another model."
         )
+
+
+def is_decoder(checkpoint: Checkpoint) -> bool:
+    """Whether a supported checkpoint is a decoder."""
+    return _SUPPORTED.get(checkpoint.backbone.config.model_type) is _DECODER
+
+
+def padding_of(checkpoint: Checkpoint) -> int:
+    """The id that texts are padded with for a package.
+
+    A decoder's padding token is often the token that ends a text, which last-token pooling must see. So decoders are
+    padded with an id that no text can have: the one behind the embedding's last row.
+    """
+    return int(checkpoint.backbone.config.vocab_size) if is_decoder(checkpoint) else checkpoint.padding
 
 
 class AneEncoder(nn.Module):
@@ -166,6 +198,181 @@ class ChannelNorm(nn.Module):
 def unit(vectors: torch.Tensor) -> torch.Tensor:
     """Vectors along axis 1 brought to length 1, without a root or a division that fp16 could make 0."""
     return vectors * torch.rsqrt((vectors * vectors).sum(1, keepdim=True) + LENGTH_EPSILON)
+
+
+class AneDecoder(nn.Module):
+    """Token ids to a unit vector: a decoder, its mean or last-token pooling and its L2 normalisation.
+
+    Texts are padded at their end, so that the causal mask hides padding from them and positions count from the first
+    token on; only the pooling has to know where a text ends.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, longest: int) -> None:
+        """Lay out a checkpoint's decoder; weights are shared with it.
+
+        Args:
+            checkpoint: A supported decoder.
+            longest: Tokens that there are positions for.
+        """
+        super().__init__()
+        backbone, config = checkpoint.backbone, checkpoint.backbone.config
+        self.padding, self.pooling = padding_of(checkpoint), checkpoint.pooling[0]
+        self.words = backbone.embed_tokens
+        self.layers = nn.ModuleList(AneDecoderLayer(layer, config) for layer in backbone.layers)
+        self.norm = RootNorm(backbone.norm, 4)
+        cos, sin = rotations(backbone, longest)
+        scale, heads = cos.shape[1] ** -0.5, int(config.num_attention_heads)
+        # Of all heads one below the other. What turns the queries scales them as well.
+        turns = [_columns(table.repeat(1, heads)) for table in (cos * scale, sin * scale, cos, sin)]
+        channels = cos.shape[1] * int(config.num_key_value_heads)
+        turns[2:] = [table[:, :channels] for table in turns[2:]]
+        self.turns = nn.ParameterList(nn.Parameter(table, requires_grad=False) for table in turns)
+        self.causal = nn.Parameter(causal_mask(longest).T[None, :, None, :], requires_grad=False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embed one text.
+
+        Args:
+            input_ids: (1, tokens) int32; :func:`padding_of` at the end is passed over.
+
+        Returns:
+            (1, dim) float32, a unit vector.
+        """
+        tokens = input_ids.shape[1]
+        hidden = look_up(self.words, input_ids).transpose(1, 2)[:, :, None, :]
+        turns = [table[..., :tokens] for table in self.turns]
+        for layer in self.layers:
+            hidden = layer(hidden, turns, self.causal[:, :tokens, :, :tokens])
+        weights = token_weights(input_ids, self.padding, self.pooling)
+        pooled = (self.norm(hidden) * weights[:, None, None, :]).sum(-1, keepdim=True)
+        return unit_of_large(pooled).squeeze(3).squeeze(2)
+
+
+class AneDecoderLayer(nn.Module):
+    """Attention and gated feed-forward, each behind its norm."""
+
+    def __init__(self, layer: Any, config: Any) -> None:
+        """Lay out a layer of a Llama or a Qwen2 in transformers."""
+        super().__init__()
+        attention, feed_forward = layer.self_attn, layer.mlp
+        self.width = int(attention.head_dim)
+        self.group = int(config.num_attention_heads) // int(config.num_key_value_heads)
+        self.attention_norm = RootNorm(layer.input_layernorm, 4)
+        self.query = _as_convolution(attention.q_proj)
+        self.key = _as_convolution(attention.k_proj)
+        self.value = _as_convolution(attention.v_proj)
+        self.output = _as_convolution(attention.o_proj)
+        self.inner_norm = RootNorm(layer.post_attention_layernorm, 4)
+        self.gate = _as_convolution(feed_forward.gate_proj)
+        self.up = _as_convolution(feed_forward.up_proj)
+        self.down = _as_convolution(feed_forward.down_proj)
+
+    def forward(self, hidden: torch.Tensor, turns: Sequence[torch.Tensor], causal: torch.Tensor) -> torch.Tensor:
+        """(1, channels, 1, tokens) to the same.
+
+        Args:
+            hidden: (1, channels, 1, tokens).
+            turns: Cosines and sines of the queries, then of the keys, (1, channels, 1, tokens) each.
+            causal: (1, tokens, 1, tokens), added by key and query.
+        """
+        normed = self.attention_norm(hidden)
+        query = torch.split(self._turned(self.query(normed), turns[0], turns[1]), self.width, dim=1)
+        key = torch.split(self._turned(self.key(normed), turns[2], turns[3]).transpose(1, 3), self.width, dim=3)
+        value = torch.split(self.value(normed), self.width, dim=1)
+        heads = []
+        for i, q in enumerate(query):
+            weights = (torch.einsum("bchq,bkhc->bkhq", q, key[i // self.group]) + causal).softmax(1)
+            heads.append(torch.einsum("bkhq,bchk->bchq", weights, value[i // self.group]))
+        hidden = hidden + self.output(torch.cat(heads, dim=1))
+        normed = self.inner_norm(hidden)
+        result: torch.Tensor = hidden + self.down(nn.functional.silu(self.gate(normed)) * self.up(normed))
+        return result
+
+    def _turned(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding of all heads at once: the halves of each head trade places."""
+        halves = torch.split(x, self.width // 2, dim=1)
+        traded = torch.cat([halves[i ^ 1] for i in range(len(halves))], dim=1)
+        return x * cos + traded * sin
+
+
+class RootNorm(nn.Module):
+    """Root-mean-square norm along axis 1 or the last one, in a form that half precision holds.
+
+    Residual streams of decoders exceed 1,000, the squares of which fp16 does not hold. The norm is the same for values
+    and epsilon's root divided by any number: here by the largest value, and at least by that root.
+    """
+
+    def __init__(self, norm: Any, rank: int = 3) -> None:
+        """Take over a LlamaRMSNorm or Qwen2RMSNorm of transformers.
+
+        Args:
+            norm: The norm.
+            rank: Of the tensors: 3 with the channels along the last axis, 4 with the channels along axis 1.
+        """
+        super().__init__()
+        self.axis = 1 if rank == 4 else -1
+        weight = norm.weight.detach()
+        self.weight = nn.Parameter(_channels(weight) if rank == 4 else weight, requires_grad=False)
+        root = torch.full([1] * rank, float(norm.variance_epsilon) ** 0.5)
+        self.root = nn.Parameter(root, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the same shape as ``x``."""
+        scale = torch.maximum(x.abs().amax(self.axis, keepdim=True), self.root)
+        x, root = x / scale, self.root / scale
+        mean = (x * x).mean(self.axis, keepdim=True)
+        return x * torch.rsqrt(mean + root * root) * self.weight
+
+
+def look_up(words: nn.Embedding, input_ids: torch.Tensor) -> torch.Tensor:
+    """(1, tokens, channels) of (1, tokens) ids; padding, behind the last row, is taken for that row."""
+    last = torch.tensor(words.num_embeddings - 1, dtype=input_ids.dtype)
+    result: torch.Tensor = words(torch.minimum(input_ids, last))
+    return result
+
+
+def rotations(backbone: Any, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of a decoder's rotary embedding, (longest, values of a head) each.
+
+    With the halves of a head trading places, the first half's sines are negative.
+    """
+    with torch.no_grad():
+        cos, sin = backbone.rotary_emb(torch.zeros(1, 1, 1), torch.arange(longest)[None])
+    half = cos.shape[-1] // 2
+    return cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=1)
+
+
+def causal_mask(longest: int) -> torch.Tensor:
+    """(longest, longest), added to logits of queries by keys: what comes later is not seen."""
+    return torch.full((longest, longest), MASKED).triu(1)
+
+
+def token_weights(input_ids: torch.Tensor, padding: int, pooling: str) -> torch.Tensor:
+    """(1, tokens): what each token of a text counts in its vector.
+
+    Args:
+        input_ids: (1, tokens), padded at the end.
+        padding: Id of padding.
+        pooling: ``mean`` or ``lasttoken``.
+    """
+    mask = (input_ids != padding).to(torch.float32)
+    if pooling == "mean":
+        return mask / mask.sum(1, keepdim=True)  # shares, the sums of which fp16 holds for long texts as well
+    return mask - torch.cat([mask[:, 1:], torch.zeros(1, 1)], dim=1)  # 1 where nothing follows
+
+
+def unit_of_large(vectors: torch.Tensor) -> torch.Tensor:
+    """Like :func:`unit`, for vectors whose squares fp16 does not hold."""
+    return unit(vectors / vectors.abs().amax(1, keepdim=True))
+
+
+def _as_convolution(linear: nn.Linear) -> nn.Conv2d:
+    """A linear layer as a 1x1 convolution of the same weights."""
+    with torch.device("meta"):
+        convolution = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None)
+    convolution.weight = nn.Parameter(_convolution(linear.weight.detach()), requires_grad=False)
+    convolution.bias = linear.bias
+    return convolution
 
 
 Shape = Callable[[torch.Tensor], torch.Tensor]

@@ -1,4 +1,4 @@
-"""CoreML packages of an encoder: one for CPU and GPU, one for CPU and Neural Engine.
+"""CoreML packages of an encoder or a decoder: one for CPU and GPU, one for CPU and Neural Engine.
 
 Both are mlprograms in half precision for iOS 16 and macOS 13, with one input and a few fixed lengths. What
 coremltools did is read back from the saved package, since it passes over what it does not recognise without
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.ane import NORM_EPSILON, AneEncoder, check_supported, unit
+from export.ane import (
+    NORM_EPSILON,
+    AneDecoder,
+    AneEncoder,
+    RootNorm,
+    causal_mask,
+    check_supported,
+    is_decoder,
+    look_up,
+    padding_of,
+    rotations,
+    token_weights,
+    unit,
+    unit_of_large,
+)
 from export.backbones import Backbone, hidden_states
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError, ToolchainError
@@ -97,13 +111,8 @@ class PlainEncoder(nn.Module):
     """Token ids to a unit vector by the checkpoint's own layers, for one text."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Copy the network, since its norms' epsilons are changed.
-
-        Raises:
-            CheckpointError: The checkpoint is of a kind that is not supported.
-        """
+        """Copy the network, since its norms' epsilons are changed."""
         super().__init__()
-        check_supported(checkpoint)
         self.padding = checkpoint.padding
         self.backbone: Backbone = deepcopy(checkpoint.backbone)
         for module in self.backbone.modules():
@@ -118,11 +127,110 @@ class PlainEncoder(nn.Module):
         return unit((hidden * shares[:, :, None]).sum(1))
 
 
+class PlainDecoder(nn.Module):
+    """Token ids to a unit vector by a decoder, its mean or last-token pooling and its L2 normalisation, for one text.
+
+    What is said of padding at :class:`export.ane.AneDecoder` holds here as well.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, longest: int) -> None:
+        """Make it of a checkpoint's decoder; weights are shared with it.
+
+        Args:
+            checkpoint: A supported decoder.
+            longest: Tokens that there are positions for.
+        """
+        super().__init__()
+        backbone = checkpoint.backbone
+        self.padding, self.pooling = padding_of(checkpoint), checkpoint.pooling[0]
+        self.words = backbone.embed_tokens
+        self.layers = nn.ModuleList(PlainDecoderLayer(layer, backbone.config) for layer in backbone.layers)
+        self.norm = RootNorm(backbone.norm)
+        cos, sin = rotations(backbone, longest)
+        scale = cos.shape[1] ** -0.5  # what turns the queries scales them as well
+        turns = (cos * scale, sin * scale, cos, sin)
+        self.turns = nn.ParameterList(nn.Parameter(table, requires_grad=False) for table in turns)
+        self.causal = nn.Parameter(causal_mask(longest), requires_grad=False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(1, tokens) ids, :func:`export.ane.padding_of` at the end, to (1, dim) float32."""
+        tokens = input_ids.shape[1]
+        hidden = look_up(self.words, input_ids)
+        turns = [table[:tokens] for table in self.turns]
+        for layer in self.layers:
+            hidden = layer(hidden, turns, self.causal[:tokens, :tokens])
+        weights = token_weights(input_ids, self.padding, self.pooling)
+        return unit_of_large((self.norm(hidden) * weights[:, :, None]).sum(1))
+
+
+class PlainDecoderLayer(nn.Module):
+    """Attention and gated feed-forward, each behind its norm."""
+
+    def __init__(self, layer: Any, config: Any) -> None:
+        """Take over a layer of a Llama or a Qwen2 in transformers."""
+        super().__init__()
+        self.attention, self.feed_forward = layer.self_attn, layer.mlp
+        self.width, self.kept = int(layer.self_attn.head_dim), int(config.num_key_value_heads)
+        self.attention_norm = RootNorm(layer.input_layernorm)
+        self.inner_norm = RootNorm(layer.post_attention_layernorm)
+
+    def forward(self, hidden: torch.Tensor, turns: Sequence[torch.Tensor], causal: torch.Tensor) -> torch.Tensor:
+        """(1, tokens, channels) to the same.
+
+        Args:
+            hidden: (1, tokens, channels).
+            turns: Cosines and sines of the queries, then of the keys, (tokens, values of a head) each.
+            causal: (tokens, tokens), added by query and key.
+        """
+        attention = self.attention
+        normed = self.attention_norm(hidden)
+        query = self._turned(self._heads(attention.q_proj(normed)), turns[0], turns[1])
+        key = self._turned(self._heads(attention.k_proj(normed)), turns[2], turns[3])
+        weights = (query @ key.transpose(2, 3) + causal).softmax(-1)
+        mixed = (weights @ self._heads(attention.v_proj(normed))).permute(2, 0, 1, 3)
+        hidden = hidden + attention.o_proj(mixed.reshape(1, -1, attention.o_proj.in_features))
+        result: torch.Tensor = hidden + self.feed_forward(self.inner_norm(hidden))
+        return result
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, tokens, channels) to (groups, heads of a group, tokens, width).
+
+        A group has one key and value in common, which thus serve each head without being repeated.
+        """
+        return x.reshape(-1, self.kept, x.shape[-1] // (self.kept * self.width), self.width).permute(1, 2, 0, 3)
+
+    def _turned(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding: the halves of a head trade places."""
+        first, second = torch.split(x, self.width // 2, dim=-1)
+        return x * cos + torch.cat([second, first], dim=-1) * sin
+
+
+def plain_network(checkpoint: Checkpoint) -> nn.Module:
+    """The network of a package for CPU and GPU.
+
+    Raises:
+        CheckpointError: The checkpoint is of a kind that is not supported.
+    """
+    check_supported(checkpoint)
+    network = PlainDecoder(checkpoint, LENGTHS[-1]) if is_decoder(checkpoint) else PlainEncoder(checkpoint)
+    return network.eval()
+
+
+def ane_network(checkpoint: Checkpoint) -> nn.Module:
+    """The network of a package for CPU and Neural Engine.
+
+    Raises:
+        CheckpointError: As :func:`plain_network`.
+    """
+    check_supported(checkpoint)
+    return AneDecoder(checkpoint, LENGTHS[-1]).eval() if is_decoder(checkpoint) else AneEncoder.of(checkpoint)
+
+
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile("coreml-metal", "CPU_AND_GPU", lambda checkpoint: PlainEncoder(checkpoint).eval(), False),
-        Profile("coreml-ane", "CPU_AND_NE", AneEncoder.of, True),
+        Profile("coreml-metal", "CPU_AND_GPU", plain_network, False),
+        Profile("coreml-ane", "CPU_AND_NE", ane_network, True),
     )
 }
 # Lowest cosine to the fp32 network on tasks, without compression and with it. Palettes of 4 bits miss theirs: 0.93
@@ -165,10 +273,11 @@ PACKAGES: dict[str, Package] = {
     for name, profile in PROFILES.items()
     for how in COMPRESSIONS
 }
-# Weights of fewer values stay as they are: biases, norms. So do the tables of positions and token types: they are
-# small, are added to every token, and int4 blocks made an error of 57 % in the former.
+# Weights of so many values or fewer stay as they are, and biases and norms of any size. So do the tables of positions,
+# rotations among them, and of token types, and the causal mask: they are small, are used for every token, and int4
+# blocks made an error of 57 % in positions.
 _SMALL = 2048
-_TABLES = ("position", "token_type")
+_TABLES = ("position", "token_type", "turns", "causal")
 
 
 def convert(
@@ -176,11 +285,11 @@ def convert(
 ) -> Conversion:
     """Write a package, and hold what it says against what was asked for.
 
-    Input ``input_ids``, int32 (1, 16, 32, 64 or 128 tokens), padded at the end with the checkpoint's padding id;
+    Input ``input_ids``, int32 (1, 16, 32, 64 or 128 tokens), padded at the end with :func:`padding_of`;
     output ``embedding``, float32 (1, dim), of unit length.
 
     Args:
-        checkpoint: A BERT with mean pooling.
+        checkpoint: A BERT with mean pooling, or a Llama- or Qwen2-like decoder with mean or last-token pooling.
         profile: Of ``PROFILES``.
         path: Where the package shall be, a folder whose name ends in ``.mlpackage``; one that is there is replaced.
         about: What the package says of itself.
@@ -246,8 +355,12 @@ def _compressed(model: Any, name: str) -> tuple[Any, int, tuple[str, ...]]:
     """The model compressed, how many of its weights should be, and the names of large ones that are left out."""
     import coremltools.optimize.coreml as cto
 
-    large = tuple(cto.get_weights_metadata(model, weight_threshold=_SMALL))
-    kept = tuple(weight for weight in large if any(table in weight for table in _TABLES))
+    large = cto.get_weights_metadata(model, weight_threshold=_SMALL + 1)  # which it counts in, unlike compression
+    kept = tuple(
+        name
+        for name, weight in large.items()
+        if any(table in name for table in _TABLES) or max(weight.val.shape) == weight.val.size
+    )
     compression = COMPRESSIONS[name]
     settings: Any
     if name.startswith("palette"):
@@ -265,12 +378,13 @@ def _describe(
 ) -> dict[str, Any]:
     """Write a model's metadata; returns what the saved spec must then say."""
     weights = "half precision" if compression is None else f"weights {compression}"
+    padding = padding_of(checkpoint)
     user_defined = {
         "bundle": about.bundle,
         "variant": profile.name,
         "compute_units": profile.compute_units,
         "source": about.source,
-        "padding_id": str(checkpoint.padding),
+        "padding_id": str(padding),
         "weights": weights,
     }
     model.author = about.author
@@ -281,7 +395,7 @@ def _describe(
         f"for {profile.compute_units}."
     )
     model.input_description[INPUT] = (
-        f"Token ids of one text, padded at the end with {checkpoint.padding} to {', '.join(map(str, LENGTHS))} tokens."
+        f"Token ids of one text, padded at the end with {padding} to {', '.join(map(str, LENGTHS))} tokens."
     )
     model.output_description[OUTPUT] = f"The text's embedding: {checkpoint.dim} values of length 1 together."
     model.user_defined_metadata.update(user_defined)

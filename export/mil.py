@@ -445,6 +445,11 @@ def _matmul(a: Arguments) -> Array:
     return np.asarray(x @ y)
 
 
+def _reduced(reduce: Callable[..., Any]) -> Callable[[Arguments], Array]:
+    """A reduction along axes, all of them where none are given."""
+    return lambda a: np.asarray(reduce(a["x"], axis=_axes(a), keepdims=bool(a.get("keep_dims", False))))
+
+
 def _reshape(a: Arguments) -> Array:
     """0 keeps a size."""
     x = a["x"]
@@ -483,6 +488,7 @@ def _split(a: Arguments) -> Any:
 
 
 _OPERATIONS: dict[str, Callable[[Arguments], Any]] = {
+    "abs": lambda a: np.abs(a["x"]),
     "add": lambda a: a["x"] + a["y"],
     "batch_norm": _batch_norm,
     "cast": lambda a: a["x"],  # the declared type of the result does it
@@ -495,13 +501,18 @@ _OPERATIONS: dict[str, Callable[[Arguments], Any]] = {
     "layer_norm": _layer_norm,
     "linear": _linear,
     "matmul": _matmul,
+    "maximum": lambda a: np.maximum(a["x"], a["y"]),
+    "minimum": lambda a: np.minimum(a["x"], a["y"]),
     "mul": lambda a: a["x"] * a["y"],
     "not_equal": lambda a: a["x"] != a["y"],
     "real_div": lambda a: a["x"] / a["y"],
-    "reduce_sum": lambda a: a["x"].sum(_axes(a), keepdims=bool(a.get("keep_dims", False))),
+    "reduce_max": _reduced(np.max),
+    "reduce_mean": _reduced(np.mean),
+    "reduce_sum": _reduced(np.sum),
     "reshape": _reshape,
     "rsqrt": lambda a: 1 / np.sqrt(a["x"] + a.get("epsilon", np.float32(1e-12))),
     "shape": lambda a: np.array(a["x"].shape),
+    "silu": lambda a: a["x"] / (1 + np.exp(-a["x"])),
     "slice_by_index": _slice_by_index,
     "softmax": _softmax,
     "split": _split,

@@ -135,8 +135,9 @@ def judge_residency(report: Report, program: MilProgram, tokens: int, held: bool
     residency = measure_residency(program, tokens)
     failures = report.failures
     if held:
-        try:  # one transpose a layer, for the attention's keys; a layer has one GELU
-            require_resident(residency, transposes=residency.operations.get("gelu", 0))
+        try:  # one transpose a layer, for the attention's keys; a layer has one activation, GELU or SiLU
+            layers = sum(residency.operations.get(activation, 0) for activation in ("gelu", "silu"))
+            require_resident(residency, transposes=layers)
         except ParityError as error:
             failures += (str(error),)
     return replace(report, resident=residency.share, failures=failures)
