@@ -46,7 +46,7 @@ def export_decoder(model: SentenceEncoder, path: Path) -> None:
 
     Inputs and output are those of :func:`export.onnx.export_fp32`. Padding is at the end, where no token sees it; a
     mask over the keys would take memory by the square of a text's length, which ONNX Runtime's attention by itself
-    does not.
+    does not. A text that is padded on the left becomes zeros, which is no unit vector.
     """
     weights_path(path).unlink(missing_ok=True)
     graph = _Graph(model, _Weights(weights_path(path)))
@@ -191,6 +191,10 @@ class _Graph:
             self.node("CumSum", [INPUTS[1], self.weight("axis.of.tokens", np.array(1, np.int64))], "counts")
             self.node("ArgMax", ["counts"], "place", axis=1, keepdims=1)
             vector = self.node("GatherND", [hidden, "place"], "pooled", batch_dims=1)
+        # A text that does not begin with its first token is padded on the left: it comes out as zeros, not as nonsense.
+        self.node("Gather", [INPUTS[1], self.weight("first.place", np.array([0]))], "first", axis=1)
+        self.node("Cast", ["first"], "first.float", to=TensorProto.FLOAT)
+        vector = self.node("Mul", [vector, "first.float"], "begun")
         self.node("ReduceL2", [vector, self.weight("axis.last", np.array([-1]))], "length", keepdims=1)
         self.node("Max", ["length", self.weight("tiny", np.array(1e-12, np.float32))], "length.least")
         self.node("Div", [vector, "length.least"], OUTPUT)
