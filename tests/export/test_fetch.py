@@ -252,6 +252,15 @@ def test_a_server_that_knows_no_ranges_begins_anew(hub: Hub, tmp_path: Path) -> 
     assert hub.downloads()[:2] == [None, f"bytes={CHUNK}-"]  # huggingface_hub 0.34 needs a third one
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Commands can be interrupted, even where the tests run in the background of a shell, which ignores it for them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupted_command_is_resumed(hub: Hub, tmp_path: Path) -> None:
     hub.cuts, hub.stalls = [CHUNK + 4096], True
     command = [sys.executable, "-m", "export.cli", "fetch", "ann/model:quantised/big file.gguf", "--out", str(tmp_path)]
