@@ -36,7 +36,7 @@ from edge.router import Router
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.coreml import LENGTHS, PACKAGES, About, convert
 from export.mil import Arguments, Array, MilProgram, Operation
-from export.parity import RunBackend, parity_texts, run_network, run_package
+from export.parity import Run, RunBackend, parity_texts, run_network, run_package
 from export.residency import measure_residency
 
 TASKS = 8
@@ -127,8 +127,8 @@ def texts(checkpoint: Checkpoint) -> list[list[int]]:
     return [*checkpoint.tokenize(tasks[:TASKS]), *checkpoint.tokenize([" ".join(tasks)], LENGTHS[-1])]
 
 
-def vectors_of(run: object, rows: Sequence[list[int]]) -> list[NDArray[np.float32]]:
-    return [run(np.array([row]), np.ones((1, len(row)), np.int64))[0] for row in rows]  # type: ignore[operator]
+def vectors_of(run: Run, rows: Sequence[list[int]]) -> list[NDArray[np.float32]]:
+    return [run(np.array([row]), np.ones((1, len(row)), np.int64))[0] for row in rows]
 
 
 def extremes(program: MilProgram, row: list[int]) -> tuple[float, int]:

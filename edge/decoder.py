@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edge.bundle import Bundle
 from edge.bundle import Generator as Listed
 from edge.errors import BackendError
-from edge.session import check_unit_rows
+from edge.session import check_unit_rows, session_options
 
 STEP = 512  # tokens that are read at a time, so that memory does not grow by what a layer computes for a whole text
 
@@ -105,7 +105,7 @@ class Decoder:
         cache = Cache(self.sizes, len(ids))
         total = None
         for start in range(0, len(ids), STEP):
-            states = self._run("states", cache, ids[start : start + STEP], [0], None, None)[0]
+            states = self._run("states", cache, ids[start : start + STEP], [0])[0]
             part = states.sum(axis=0, dtype=np.float64)
             total = states[-1] if pooling == "last" else part if total is None else total + part
         assert total is not None
@@ -120,8 +120,8 @@ class Decoder:
         cache: Cache,
         ids: Sequence[int],
         rows: Sequence[int],
-        positions: Sequence[int] | None,
-        bias: NDArray[np.float32] | None,
+        positions: Sequence[int] | None = None,
+        bias: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         seen = len(cache.ids)
         total = seen + len(ids)
@@ -166,18 +166,9 @@ def open_decoder(bundle: Bundle, listed: Listed, threads: int | None) -> Decoder
     """
     from edge.device import detect
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = detect().threads if threads is None else threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("mlas.disable_kleidiai", "1")  # see edge.session
     graph = bundle.read(listed.model)
-    weights = bundle.locate(listed.weights)
-    if isinstance(weights, bytes):
-        name = PurePosixPath(listed.weights.file).name
-        options.add_external_initializers_from_files_in_memory([name], [weights], [len(weights)])
-    else:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
+    name = PurePosixPath(listed.weights.file).name
+    options = session_options(detect().threads if threads is None else threads, bundle.locate(listed.weights), name)
     try:
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -104,7 +104,7 @@ class OnnxBackend:
         self._graph = bundle.read(variant.model)
         self._weights = None if variant.weights is None else bundle.locate(variant.weights)
         self._weights_name = "" if variant.weights is None else PurePosixPath(variant.weights.file).name
-        self._nowhere = str(bundle.path / "no-weights-are-listed")
+        self._nowhere = bundle.path / "no-weights-are-listed"
         self._lengths = [n for n in LENGTHS if n < bundle.encoder.max_length] + [bundle.encoder.max_length]
         self._lock = threading.Lock()
         self._sessions: dict[int, ort.InferenceSession] = {}  # by length; 0 for any
@@ -163,28 +163,15 @@ class OnnxBackend:
 
     def _load(self, length: int) -> ort.InferenceSession:
         candidate, name = self._candidate, self._known.provider
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = candidate.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        # A graph without listed weights may not pull in files that nobody checked.
+        weights = self._nowhere / "none" if self._weights is None else self._weights
+        options = session_options(candidate.threads, weights, self._weights_name)
         options.enable_mem_pattern = candidate.provider != "directml"  # which does without, says its documentation
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(candidate.spinning)))
-        # Arm's kernels for processors with SME give wrong vectors for int8 (1.26.0, seen under emulation by
-        # scripts/embedded-check; a real one has yet to be tried). ONNX Runtime's own kernels do not.
-        options.add_session_config_entry("mlas.disable_kleidiai", "1")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if length:
             options.add_free_dimension_override_by_name("batch", 1)
             options.add_free_dimension_override_by_name("tokens", length)
-        # A graph without listed weights may not pull in files that nobody checked.
-        if isinstance(self._weights, bytes):
-            options.add_external_initializers_from_files_in_memory(
-                [self._weights_name], [self._weights], [len(self._weights)]
-            )
-        else:
-            # Mapped by ONNX Runtime: no copy, and processes share the pages.
-            folder = self._nowhere if self._weights is None else str(self._weights.parent)
-            options.add_session_config_entry(_WEIGHTS_FOLDER, folder)
         listed: list[Any] = [CPU]
         try:
             package = None if name == CPU else plugin_package(name)
@@ -212,6 +199,29 @@ class OnnxBackend:
                 "Use another device."
             )
         return session
+
+
+def session_options(threads: int, weights: Path | bytes, name: str) -> ort.SessionOptions:
+    """What every session on a bundle's graph is told.
+
+    Args:
+        threads: For one text.
+        weights: The file of weights beside the graph, or its content.
+        name: By which the graph calls it.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Arm's kernels for processors with SME give wrong vectors for int8 (1.26.0, seen under emulation by
+    # scripts/embedded-check; a real one has yet to be tried). ONNX Runtime's own kernels do not.
+    options.add_session_config_entry("mlas.disable_kleidiai", "1")
+    if isinstance(weights, bytes):
+        options.add_external_initializers_from_files_in_memory([name], [weights], [len(weights)])
+    else:
+        # Mapped by ONNX Runtime: no copy, and processes share the pages.
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights.parent))
+    return options
 
 
 def check_unit_rows(vectors: object, shape: tuple[int, ...]) -> None:

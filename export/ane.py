@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from export.backbones import is_causal
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError
 
@@ -59,18 +60,13 @@ def check_supported(checkpoint: Checkpoint) -> None:
         )
 
 
-def is_decoder(checkpoint: Checkpoint) -> bool:
-    """Whether a supported checkpoint is a decoder."""
-    return _SUPPORTED.get(checkpoint.backbone.config.model_type) is _DECODER
-
-
 def padding_of(checkpoint: Checkpoint) -> int:
     """The id that texts are padded with for a package.
 
     A decoder's padding token is often the token that ends a text, which last-token pooling must see. So decoders are
     padded with an id that no text can have: the one behind the embedding's last row.
     """
-    return int(checkpoint.backbone.config.vocab_size) if is_decoder(checkpoint) else checkpoint.padding
+    return int(checkpoint.backbone.config.vocab_size) if is_causal(checkpoint.backbone) else checkpoint.padding
 
 
 class AneEncoder(nn.Module):

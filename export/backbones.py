@@ -68,6 +68,12 @@ def hidden_states(backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor) -> 
     return run(backbone, ids, mask)
 
 
+def is_causal(backbone: Backbone) -> bool:
+    """Whether tokens see only what is before them."""
+    kind = backbone.config.model_type
+    return kind in ARCHITECTURES and ARCHITECTURES[kind].causal
+
+
 def architecture_of(backbone: Backbone) -> Architecture:
     """The architecture of a network."""
     return ARCHITECTURES[backbone.config.model_type]

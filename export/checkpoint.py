@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 from transformers.modeling_utils import no_init_weights
 
-from export.backbones import ARCHITECTURES, Architecture, Backbone
+from export.backbones import ARCHITECTURES, Architecture, Backbone, is_causal
 from export.errors import CheckpointError
 from export.gguf import GgufFile, load_network, pooling_of
 from export.gguf_tokenizer import tokenizer_of
@@ -163,7 +163,7 @@ def load_checkpoint(
                 f"{checkpoint.max_length}."
             )
         checkpoint = replace(checkpoint, max_length=max_length)
-    elif _is_causal(checkpoint.backbone):
+    elif is_causal(checkpoint.backbone):
         checkpoint = replace(checkpoint, max_length=min(checkpoint.max_length, longest))
     return checkpoint
 
@@ -190,7 +190,7 @@ def _load_gguf(path: Path, pooling: str | None, quiet: bool) -> Checkpoint:
         if stated is not None and pooling is not None and stated != pooling:
             raise CheckpointError(f"{path}: states the pooling {stated!r}. Leave --pooling out.")
         network = load_network(file, "" if quiet else f"load {path.name}")
-    causal = _is_causal(network)
+    causal = is_causal(network)
     return Checkpoint(
         path,
         network.model if causal else network,
@@ -268,12 +268,6 @@ def _load_folder(folder: Path, pooling: str | None) -> Checkpoint:
         language_model=language_model,
     )
     return replace(checkpoint, head=_load_head(folder, checkpoint.dim))
-
-
-def _is_causal(backbone: Backbone) -> bool:
-    """Whether tokens see only what is before them."""
-    kind = backbone.config.model_type
-    return kind in ARCHITECTURES and ARCHITECTURES[kind].causal
 
 
 @contextlib.contextmanager

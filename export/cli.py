@@ -69,7 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         help='more tasks {"task", "agent"} to train on, from mine-commits for example; may be repeated',
     )
     finetune.add_argument(
-        "--base", type=Path, metavar="DIR", help="where the recipe's base weights lie, if not where it says"
+        "--base",
+        type=Path,
+        metavar="PATH",
+        help="the recipe's base, a folder or a GGUF file, if it is not where it says",
     )
     finetune.add_argument("--restart", action="store_true", help="do not resume a run that was killed")
     finetune.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -27,7 +27,6 @@ from export.ane import (
     RootNorm,
     causal_mask,
     check_supported,
-    is_decoder,
     look_up,
     padding_of,
     rotations,
@@ -35,7 +34,7 @@ from export.ane import (
     unit,
     unit_of_large,
 )
-from export.backbones import Backbone, hidden_states
+from export.backbones import Backbone, hidden_states, is_causal
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError, ToolchainError
 from export.mil import Input, MilProgram
@@ -212,7 +211,7 @@ def plain_network(checkpoint: Checkpoint) -> nn.Module:
         CheckpointError: The checkpoint is of a kind that is not supported.
     """
     check_supported(checkpoint)
-    network = PlainDecoder(checkpoint, LENGTHS[-1]) if is_decoder(checkpoint) else PlainEncoder(checkpoint)
+    network = PlainDecoder(checkpoint, LENGTHS[-1]) if is_causal(checkpoint.backbone) else PlainEncoder(checkpoint)
     return network.eval()
 
 
@@ -223,7 +222,7 @@ def ane_network(checkpoint: Checkpoint) -> nn.Module:
         CheckpointError: As :func:`plain_network`.
     """
     check_supported(checkpoint)
-    return AneDecoder(checkpoint, LENGTHS[-1]).eval() if is_decoder(checkpoint) else AneEncoder.of(checkpoint)
+    return AneDecoder(checkpoint, LENGTHS[-1]).eval() if is_causal(checkpoint.backbone) else AneEncoder.of(checkpoint)
 
 
 PROFILES: dict[str, Profile] = {

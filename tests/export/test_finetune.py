@@ -151,6 +151,18 @@ def test_losses_on_prototypes_alone_need_no_reference(recipe: Recipe, tmp_path: 
     assert metrics["epochs"][0]["dev_accuracy"] > 0.6
 
 
+def kill_after_an_epoch(command: list[str], out: Path) -> Path:
+    """Start a training, kill it once an epoch is done, and return the note of its state."""
+    process = subprocess.Popen(command)
+    note = out.with_name(f"{out.name}.resume") / "state.json"
+    while not note.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    return note
+
+
 def test_a_killed_run_goes_on_as_if_it_had_not_been(recipe: Recipe, tmp_path: Path) -> None:
     longer = RECIPE.replace("epochs = 2", "epochs = 3\naverage = 0.9")
     path = recipe.path.with_name("longer.toml")
@@ -159,13 +171,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(recipe: Recipe, tmp_path: Pa
 
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "export.cli", "finetune", str(path), "--out", str(out), "--quiet"]
-    process = subprocess.Popen(command)
-    state = tmp_path / "killed.resume" / "state.json"
-    while not state.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
+    state = kill_after_an_epoch(command, out)
     done = json.loads(state.read_text())["epochs"]
     assert 1 <= len(done) < 3
 

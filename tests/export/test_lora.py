@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +28,7 @@ from export.plan import plan_recipe
 from export.recipe import Lora, Recipe, Train, load_recipe
 from export.wrapper import embed, forward
 from tests.conftest import MINI, ROOT
+from tests.export.test_finetune import kill_after_an_epoch
 from tests.export.test_gguf import byte_level, write
 
 CHOSEN = ("tester", "devops", "planner")
@@ -159,15 +157,8 @@ def test_a_killed_run_goes_on_with_its_adapters_alone(recipe: Recipe, tmp_path: 
     whole = finetune(plan_recipe(load_recipe(path)), tmp_path / "whole", quiet=True)
 
     out = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "export.cli", "finetune", str(path), "--out", str(out), "--quiet"]
-    )
-    note = tmp_path / "killed.resume" / "state.json"
-    while not note.exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
+    command = [sys.executable, "-m", "export.cli", "finetune", str(path), "--out", str(out), "--quiet"]
+    note = kill_after_an_epoch(command, out)
     done = json.loads(note.read_text())["epochs"]
     assert 1 <= len(done) < 6
     state = load_file(note.with_name("state.safetensors"))
