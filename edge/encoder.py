@@ -82,6 +82,7 @@ class Encoder:
         self._lock = threading.Lock()
         self._bundle = bundle
         self._pool: ThreadPoolExecutor | None = None
+        self._ones = np.ones((1, bundle.encoder.max_length), dtype=np.int64)  # masks: nothing is padded
         self.id = bundle.encoder_id
         self.dim = bundle.encoder.dim
         self.max_length = min(bundle.encoder.max_length, *lengths[-1:]) if lengths else bundle.encoder.max_length
@@ -145,7 +146,7 @@ class Encoder:
         if self._stepwise is not None and len(tokens.ids) > STEP:
             return self._in_steps(tokens.ids)
         ids = np.array([tokens.ids], dtype=np.int64)
-        vector: NDArray[np.float32] = self._backend.run(ids, np.ones_like(ids))[0]
+        vector: NDArray[np.float32] = self._backend.run(ids, self._ones[:, : ids.shape[1]])[0]
         return vector
 
     def _in_steps(self, ids: tuple[int, ...]) -> NDArray[np.float32]:

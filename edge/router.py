@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +156,7 @@ class Router:
         if encoder is None and strategy not in ("keyword", "generate"):
             raise InputError(f"the strategy {strategy!r} needs an encoder. Give one, or use the strategy 'keyword'.")
         self.agents = check_agents(agents)
+        self._names = [agent.name for agent in self.agents]
         self.strategy = strategy
         self.calibration = calibration
         self.encoder = encoder
@@ -167,6 +170,8 @@ class Router:
         self._prototypes: NDArray[np.float32] | None = None  # (agents, prototypes an agent, dim)
         if encoder is not None:
             self._prototypes = prototypes(encoder, self.agents)[:, None] if head is None else head.prototypes
+            # As one matrix: numpy takes five times as long over a stack of small ones.
+            self._rows = self._prototypes.reshape(-1, self._prototypes.shape[2])
 
     @classmethod
     def load(
@@ -270,15 +275,16 @@ class Router:
             return Signals(matches, None, None, None, truncated, not _has_content(text))
         tokens = self.encoder.tokenize(text)
         vector = self.encoder.encode_tokens(tokens)
-        # As one matrix: numpy takes five times as long over a stack of small ones.
-        flat = self._prototypes.reshape(-1, self._prototypes.shape[2])
-        cosine: NDArray[np.float32] = (flat @ vector).reshape(self._prototypes.shape[:2]).max(axis=1)
+        # Row by row: BLAS would call other threads for many agents, and wait for them.
+        cosine: NDArray[np.float32] = np.vecdot(self._rows, vector)
+        if self._prototypes.shape[1] > 1:
+            cosine = cosine.reshape(self._prototypes.shape[:2]).max(axis=1)
         evidence, out_of_scope = cosine, None
         if self._head is not None and self._head.linear is not None:
-            said = self._head.linear.weight @ vector + self._head.linear.bias
+            said = self._head.linear.weight.dot(vector) + self._head.linear.bias
             evidence, out_of_scope = said[:-1], float(said[-1])
         elif self._head is not None:
-            out_of_scope = float(self._head.out_of_scope @ vector)
+            out_of_scope = float(self._head.out_of_scope.dot(vector))
         return Signals(matches, cosine, evidence, out_of_scope, truncated or tokens.truncated, tokens.empty)
 
     def decide(self, signals: Signals, strategy: str) -> Decision:
@@ -298,7 +304,7 @@ class Router:
         cosine = None if strategy == "keyword" else signals.cosine
         calibration = self.calibration[method]
         probability = probabilities(signals, calibration)
-        order = np.argsort(-probability, kind="stable")
+        order = (-probability).argsort(kind="stable")
         if method == "keyword":
             # The rules decide, whatever the fitted weights; among the agents that they cannot tell
             # apart the similarity does.
@@ -306,20 +312,21 @@ class Router:
             leads = np.zeros(len(found))
             leads[list(signals.matches.first)] = -1
             order = np.lexsort((np.zeros(len(found)) if cosine is None else -cosine, found, leads))
-        shares: list[float] = probability.tolist()
-        cosines: list[float | None] = [None] * len(shares) if cosine is None else cosine.tolist()
         places: list[int] = order.tolist()
         top = places[0]
-        confidence = shares[top]
+        names = [self._names[place] for place in places]
+        shares: list[float] = probability[order].tolist()
+        cosines: list[float | None] = [None] * len(places) if cosine is None else cosine[order].tolist()
+        confidence = shares[0]
         unmatched = method == "keyword" and not signals.matches.first
         abstains = signals.empty or unmatched or confidence < calibration.threshold
         return Decision(
-            agent=None if abstains else self.agents[top].name,
+            agent=None if abstains else names[0],
             method="abstain" if abstains else method,
             confidence=0.0 if signals.empty else confidence,
-            margin=0.0 if signals.empty or len(places) == 1 else confidence - shares[places[1]],
+            margin=0.0 if signals.empty or len(places) == 1 else confidence - shares[1],
             matched=() if method in ("embedding", "generate") else signals.matches.phrases[top],
-            ranking=tuple([Ranked(self.agents[i].name, shares[i], cosines[i]) for i in places]),
+            ranking=tuple(map(Ranked._make, zip(names, shares, cosines, strict=True))),
             truncated=signals.truncated,
         )
 
@@ -333,31 +340,35 @@ def probabilities(signals: Signals, calibration: Calibration) -> NDArray[np.floa
 
     See :class:`edge.bundle.Calibration` for the formula.
     """
-    logits = np.zeros(len(signals.matches.phrases))
-    for position, phrases in enumerate(signals.matches.phrases):
-        if phrases:
-            logits[position] += calibration.matched
-    for position in signals.matches.first:
-        logits[position] += calibration.first
-    if signals.evidence is not None:
-        logits += calibration.cosine * signals.evidence.astype(np.float64)
-    rest = -np.inf
+    if signals.evidence is None:
+        logits = np.zeros(len(signals.matches.phrases))
+    else:
+        logits = signals.evidence * np.float64(calibration.cosine)
+    if calibration.matched or calibration.first:
+        for position, phrases in enumerate(signals.matches.phrases):
+            if phrases:
+                logits[position] += calibration.matched
+        for position in signals.matches.first:
+            logits[position] += calibration.first
+    rest = -math.inf
     if calibration.out_of_scope is not None:
         rest = calibration.out_of_scope + calibration.cosine * (signals.out_of_scope or 0.0)
-    highest = max(float(logits.max()), rest)
+    highest = max(logits.item(logits.argmax()), rest)
     exponents = np.exp(logits - highest)
-    shares: NDArray[np.float64] = exponents / (exponents.sum() + np.exp(rest - highest))
+    shares: NDArray[np.float64] = exponents / (sum(exponents.tolist()) + math.exp(rest - highest))
     return shares
 
 
 def prototypes(encoder: Encoder, agents: Sequence[Agent]) -> NDArray[np.float32]:
     """(agents, dim) float32 unit rows: the mean of an agent's description and examples."""
-    rows = []
-    for agent in agents:
-        described = [f"{agent.name}: {agent.description}"] if agent.description else []
-        mean = encoder.encode([*described, *agent.examples]).mean(axis=0)
-        rows.append(mean / np.linalg.norm(mean))
-    return np.stack(rows).astype(np.float32)
+    texts = [
+        [*([f"{agent.name}: {agent.description}"] if agent.description else []), *agent.examples] for agent in agents
+    ]
+    vectors = encoder.encode(itertools.chain.from_iterable(texts))  # in one call: one text a core
+    ends = np.cumsum([len(own) for own in texts])
+    means = np.stack([part.mean(axis=0) for part in np.split(vectors, ends[:-1])])
+    rows: NDArray[np.float32] = (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
+    return rows
 
 
 def check_strategy(strategy: str) -> None:

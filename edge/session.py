@@ -30,6 +30,8 @@ MAX_THREADS = 256
 # ONNX Runtime's own fusions that make a graph slower: its SkipLayerNormalization is not vectorised
 # (1.32.0; a fifth of an int8 encoder's time).
 NOT_FUSED = ["SkipLayerNormFusion"]
+_FLOAT32 = np.dtype(np.float32)
+_OUTPUTS = ["sentence_embedding"]
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -130,7 +132,7 @@ class OnnxBackend:
                     [self._fixed(row[None], kept[None]) for row, kept in zip(ids, mask, strict=True)]
                 )
             else:
-                vectors = self._sessions[0].run(None, {"input_ids": ids, "attention_mask": mask})[0]
+                vectors = self._sessions[0].run(_OUTPUTS, {"input_ids": ids, "attention_mask": mask})[0]
         except BackendError:
             raise
         except Exception as error:  # ONNX Runtime raises ValueError and a dozen types of its own
@@ -228,11 +230,11 @@ def check_unit_rows(vectors: object, shape: tuple[int, ...]) -> None:
     """Raise OutputError unless ``vectors`` is an array of this shape with finite rows of unit length."""
     if not isinstance(vectors, np.ndarray):
         raise OutputError(f"the model returned {type(vectors).__name__}, an array expected. Run: ruvltra doctor")
-    if vectors.shape != shape or vectors.dtype != np.float32:
+    if vectors.shape != shape or vectors.dtype != _FLOAT32:
         raise OutputError(
             f"the model returned {vectors.dtype} {vectors.shape}, float32 {shape} expected. Run: ruvltra doctor"
         )
-    squares = np.vecdot(vectors, vectors)
+    # Row by row: for the usual single one this is a tenth of the time of numpy's operations on all of them.
     # NaN compares false, so this catches values that are not finite as well.
-    if squares.size and not (squares.min() > 1 - 1e-3 and squares.max() < 1 + 1e-3):
+    if not all(1 - 1e-3 < row.dot(row) < 1 + 1e-3 for row in vectors):
         raise OutputError("the model returned vectors that are not finite and of unit length. Run: ruvltra doctor")
