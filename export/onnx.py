@@ -21,6 +21,7 @@ from onnx import helper
 
 from edge.errors import EdgeError
 from export.errors import ToolchainError
+from export.lean import shorten_encoder
 from export.wrapper import SentenceEncoder
 
 OPSET = 18
@@ -72,6 +73,8 @@ def export_fp32(model: SentenceEncoder, path: Path) -> dict[str, int]:
             raise ToolchainError("torch.onnx.export returned nothing. Install the tested torch and onnxscript.")
         kind = str(model.backbone.config.model_type)
         fused = _fuse_rotary(program.model) if kind in _ROTARY else _fuse(program.model)
+        if _EXPECTED[kind] is _BERT:
+            shorten_encoder(fused, mean=model.pooling == ("mean",) and not len(model.dense))
         # Through a file: a graph of 2 GB and more does not fit into one message.
         weights_path(path).unlink(missing_ok=True)
         save(fused, path, external_data=weights_path(path).name, size_threshold_bytes=1024)

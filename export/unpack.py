@@ -21,6 +21,7 @@ from edge.bundle import Bundle
 from edge.errors import BundleError
 from export.checkpoint import Checkpoint, Head, Linear
 from export.errors import CheckpointError
+from export.lean import JOINED
 from export.wrapper import BUNDLE_POOLING
 
 _PREFIX = "backbone."
@@ -83,6 +84,18 @@ def unpack_bundle(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def _joined(node: onnx.NodeProto, tensors: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """Queries', keys' and values' parameters of an attention that holds them as one."""
+    weight, bias, scale, zero_point = (tensors[node.input[place]] for place in (1, 2, 4, 7))
+    query = node.input[2].removeprefix(_PREFIX).partition(f".bias{JOINED}")[0]
+    matrices = np.split((weight.astype(np.float32) - zero_point) * scale, 3, axis=1)
+    found: dict[str, NDArray[np.float32]] = {}
+    for name, matrix, shift in zip(("query", "key", "value"), matrices, np.split(bias, 3), strict=True):
+        place = f"{query.removesuffix('query')}{name}"
+        found |= {f"{place}.weight": matrix.T, f"{place}.bias": shift}
+    return found
+
+
 def is_bundle(path: Path) -> bool:
     """Whether a bundle, rather than a checkpoint, lies here."""
     try:
@@ -100,9 +113,11 @@ def _backbone(graph: onnx.GraphProto) -> BertModel:
             consumers.setdefault(name, []).append(node)
     state: dict[str, NDArray[np.float32]] = {}
     for name, values in tensors.items():
-        if name.startswith(_PREFIX) and name.endswith((".weight", ".bias")):
+        if name.startswith(_PREFIX) and name.endswith((".weight", ".bias")) and JOINED not in name:
             state[name.removeprefix(_PREFIX)] = values
     for node in graph.node:
+        if node.op_type == "QAttention":
+            state |= _joined(node, tensors)
         if (
             node.op_type not in ("MatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
             or node.input[1] not in tensors
@@ -122,14 +137,16 @@ def _backbone(graph: onnx.GraphProto) -> BertModel:
         state["embeddings.word_embeddings.weight"] = (
             tensors[f"{words}.int8"].astype(np.float32) * tensors[f"{words}.scale"]
         )
-    attention = next(node for node in graph.node if node.op_type == "MultiHeadAttention")
+    attention = [node for node in graph.node if node.op_type in ("MultiHeadAttention", "QAttention")]
     norm = next(node for node in graph.node if node.op_type == "LayerNormalization")
     vocabulary, dim = state["embeddings.word_embeddings.weight"].shape
+    # The graph has them in its positions.
+    state.setdefault("embeddings.token_type_embeddings.weight", np.zeros((2, dim), dtype=np.float32))
     config = BertConfig(  # type: ignore[no-untyped-call]
         vocab_size=vocabulary,
         hidden_size=dim,
-        num_hidden_layers=sum(node.op_type == "MultiHeadAttention" for node in graph.node),
-        num_attention_heads=next(a.i for a in attention.attribute if a.name == "num_heads"),
+        num_hidden_layers=len(attention),
+        num_attention_heads=next(a.i for a in attention[0].attribute if a.name == "num_heads"),
         intermediate_size=len(state["encoder.layer.0.intermediate.dense.bias"]),
         max_position_embeddings=len(state["embeddings.position_embeddings.weight"]),
         layer_norm_eps=next(a.f for a in norm.attribute if a.name == "epsilon"),

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edge.session import NOT_FUSED
 from export.decoder import quantise_table
 from export.errors import ToolchainError
+from export.lean import shorten_int8
 from export.onnx import INPUTS, assert_symbolic, operators, quiet, save_with_weights
 
 _REMEDY = "Install the tested onnxruntime."
@@ -95,9 +96,10 @@ def int8(source: Path, target: Path, keep: int, ids: Ids) -> None:
                 extra_options={"MatMulConstBOnly": True},
             )
         quantised = _fused(raw, folder / "fused.onnx")
+        within = shorten_int8(quantised)
         save_with_weights(quantised, target)
     counts = operators(quantised)
-    done = counts["DynamicQuantizeMatMul"] + counts["MatMulIntegerToFloat"]
+    done = counts["DynamicQuantizeMatMul"] + counts["MatMulIntegerToFloat"] + within
     if done != len(products) - len(down[:keep]) or done == 0:
         raise ToolchainError(f"{done} of {len(products)} matrix products were quantised. {_REMEDY}")
 
