@@ -19,7 +19,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from benchmarks.race import Worker
 from edge import Bundle, Encoder, Generator
 from edge.device import detect
 from export.checkpoint import Checkpoint, load_checkpoint
@@ -85,30 +85,6 @@ for line in sys.stdin:
         found = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
     print(json.dumps({"seconds": time.perf_counter() - start, "found": found}), flush=True)
 """
-
-
-class Worker:
-    """A process that answers one question a line."""
-
-    def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.load = float(self._read()["load"])
-
-    def ask(self, **wanted: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(wanted) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
 
 
 def texts_of(checkpoint: Checkpoint, count: int) -> list[str]:
