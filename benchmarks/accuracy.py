@@ -198,13 +198,15 @@ def scored(case: str, subject: str, rows: Sequence[Labelled], given: Sequence[An
     hits = {"accuracy": [answer.agent == right for right, answer in inside]}
     if any(answer.first is not None for _, answer in inside):
         hits["top1"] = [answer.first == right for right, answer in inside]
+    hits["in-scope abstained"] = [answer.agent is None for _, answer in inside]
     hits["out-of-scope abstained"] = outside
     found = []
     for measure, hit in hits.items():
         share = Proportion.of(sum(hit), len(hit))
         if share.value is not None:
             interval = (share.low, share.high, share.n)
-            found.append(Row(case, subject, measure, "share", share.value, *interval, better="higher"))
+            better = "lower" if measure == "in-scope abstained" else "higher"
+            found.append(Row(case, subject, measure, "share", share.value, *interval, better=better))
     return found
 
 
@@ -225,7 +227,7 @@ def every_router(
         if peer is not None:
             found[f"semantic-router, {STOCK}, {told}"] = by_semantic_router(peer, agents, tasks)
         found[f"keyword-first, {STOCK}, {told}"] = stock["keyword-first"]
-    ours = answers(mini, tasks, "mini", ("keyword", "embedding", "hybrid"))
+    ours = answers(mini, tasks, "mini", _SHOWN)
     found["keyword"] = ours.pop("keyword")
     nano = Router.load(ROOT / "models" / "ruvltra-nano" / "bundle", device="cpu")
     for name, theirs in {"mini": ours, "nano": answers(nano, tasks, "nano", ("embedding", "hybrid"))}.items():

@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser(__doc__).parse_args(arguments)
     ready, notes = prepare(options)
     ready, checked = check(ready, texts.shuffled(texts.tasks())[:24])
-    rows = measure(commands(ready), 3 if options.quick else 15)
+    rows = measure(commands(ready), 3 if options.quick else 7)
     report("cold", rows, [f"ratios are to: {IMPORTS}", *notes, *checked], ready, options)
     return 0
 

@@ -145,7 +145,7 @@ def show(result: dict[str, Any]) -> str:
             f"  ratio {row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if "ratio" in row else ""
         )
         value = f"{row['value']:g} {row['unit']}{spread}"
-        lines.append(f"  {row['subject']:<44} {row['measure']:<11} {value:<32}{ratio}  n = {row['n']}")
+        lines.append(f"  {row['subject']:<52} {row['measure']:<11} {value:<32}{ratio}  n = {row['n']}")
     return "\n".join(lines)
 
 

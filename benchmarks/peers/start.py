@@ -161,10 +161,11 @@ def _model(name: str, work: Path, causal: Path | None) -> Path | str:
         return MINI / "bundle"
     if wanted == "nano":
         return ROOT / "models" / "ruvltra-nano" / "bundle"
-    return _made(wanted, work)
+    return made(wanted, work)
 
 
-def _made(name: str, work: Path) -> Path:
+def made(name: str, work: Path) -> Path:
+    """The folder of a model of this name, made by the first call."""
     tools, source = _TOOLS.get(name, ("", ""))
     installed = environment(tools, work) if tools else None
     parts = hashlib.sha256((CHECKPOINT / "model.safetensors").read_bytes())
@@ -175,7 +176,7 @@ def _made(name: str, work: Path) -> Path:
     folder = work / "models" / f"{name}-{parts.hexdigest()[:10]}"
     if folder.exists():
         return folder
-    origin = _made(source, work) if source else CHECKPOINT
+    origin = made(source, work) if source else CHECKPOINT
     part = folder.with_name(folder.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
