@@ -28,6 +28,7 @@ QUESTIONS = {
     "generate": "a language model's bundle beside llama.cpp",
     "export": "exported models beside sentence-transformers, transformers and llama.cpp",
     "coreml": "CoreML packages in an evaluator beside the network",
+    "before": "this checkout beside another commit of it",
     "threads": "whether the default threads are the best ones",
     "fusion": "what leaving layer norms unfused brings",
     "adaptation": "what training on one's own history brings",

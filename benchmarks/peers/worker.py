@@ -167,11 +167,14 @@ class Llama:
     """llama.cpp through llama-cpp-python."""
 
     def __init__(self, path, file, threads, use):
+        from llama_cpp import LLAMA_POOLING_TYPE_LAST, LLAMA_POOLING_TYPE_UNSPECIFIED
         from llama_cpp import Llama as Model
 
         self.model = Model(
             os.path.join(path, file) if file else path,
             embedding=True,
+            # An encoder's file says how its states become a vector, a causal model's does not.
+            pooling_type=LLAMA_POOLING_TYPE_UNSPECIFIED if file else LLAMA_POOLING_TYPE_LAST,
             n_threads=threads,
             n_threads_batch=threads,
             n_ctx=512,

@@ -44,6 +44,16 @@ def test_links_between_pages_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_figures_are_those_of_the_results() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "generate_benchmarks.py"))
+    assert made["page"]() == (ROOT / "docs" / "benchmarks.md").read_text("utf-8"), "run: docs/generate_benchmarks.py"
+    assert len(made["FILLED"]) == 2
+    for path in made["FILLED"]:
+        text = path.read_text("utf-8")
+        assert text.count("<!-- figures:") == text.count("<!-- end of figures -->") > 1
+        assert made["filled"](text) == text, f"{path.name}: run: python docs/generate_benchmarks.py"
+
+
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse lays help out differently in other versions")
 def test_the_command_line_page_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("export.cli")
