@@ -146,6 +146,15 @@ def notes(result: Result) -> str:
     )
 
 
+def absent(result: Result) -> str:
+    """Which peers a result has no figures of, whether left out by --peers or for a reason that its notes give."""
+    names = [peer.subject for peer in PEERS.values()]
+    known = {subject for _, subject, _ in result.rows}
+    answers = ("", ", encode", ", route", ", tier", ", first vector", ", first decision")
+    gone = [name for name in names if not any(name + answer in known for answer in answers)]
+    return f"No figures here of: {'; '.join(gone)}." if gone else ""
+
+
 def speed_block() -> str:
     latency, cold = Result("latency"), Result("cold")
     case = "12 tokens, 1 thread"
@@ -297,6 +306,8 @@ Memory of the processes afterwards, MB:
 
 {side_by_side(latency, latency.cases("rss"), "rss", "resident")}
 
+{absent(latency)}
+
 {notes(latency)}
 
 ## Throughput
@@ -309,6 +320,8 @@ Largest memory, MB:
 
 {side_by_side(throughput, throughput.cases("peak"), "peak", "peak")}
 
+{absent(throughput)}
+
 {notes(throughput)}
 
 ## Cold start
@@ -318,6 +331,8 @@ Largest memory, MB:
 {side_by_side(cold, cold.cases("wall"), "wall", "wall, s")}
 
 {side_by_side(cold, cold.cases("peak"), "peak", "peak, MB")}
+
+{absent(cold)}
 
 ## Accuracy
 
