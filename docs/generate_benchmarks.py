@@ -84,11 +84,11 @@ def side_by_side(result: Result, cases: Sequence[str], measure: str, title: str 
 
 
 def best_peer(result: Result, case: str, measure: str, suffix: str = "", higher: bool = False) -> tuple[str, float]:
-    """The best peer of the same backbone, and ours as a multiple of it."""
+    """The best peer of the same backbone, and ours as a multiple of it, in the same rounds."""
     names = [name for name in SAME_BACKBONE if (case, name + suffix, measure) in result.rows]
-    values = {name: result.value(case, name + suffix, measure) for name in names}
-    best = (max if higher else min)(values, key=lambda name: values[name])
-    return best, result.value(case, OURS + suffix, measure) / values[best]
+    ratios = {name: float(result.rows[case, name + suffix, measure]["ratio"]) for name in names}
+    best = (max if higher else min)(ratios, key=lambda name: ratios[name])
+    return best, 1 / ratios[best]
 
 
 def targets() -> str:
@@ -124,10 +124,10 @@ def targets() -> str:
         ratio = cold.value(case, f"{OURS}, first vector", measure) / names[best]
         what = "cold start" if measure == "wall" else "peak memory of a cold start"
         found.append((f"{what} / best Python peer ({best})", ratio, aim, False))
-    nano = latency.value("12 tokens, 1 thread", "ruvltra-nano, route", "p50")
-    found.append(("nano, route whole, 12 tokens, ms", nano, 0.3, False))
-    static = latency.value("12 tokens, 1 thread", "model2vec, distilled, encode", "p50")
-    found.append(("nano, route whole / model2vec's encode of equal size", nano / static, 1.2, False))
+    nano = latency.rows["12 tokens, 1 thread", "ruvltra-nano, route", "p50"]
+    found.append(("nano, route whole, 12 tokens, ms", nano["value"], 0.3, False))
+    static = latency.rows["12 tokens, 1 thread", "model2vec, distilled, encode", "p50"]
+    found.append(("nano, route whole / model2vec's encode of equal size", nano["ratio"] / static["ratio"], 1.2, False))
     for name in ("mini", "nano"):
         grown = curves.rows["agents: 1000", f"{name} int8, route", "p50"]["ratio"]
         found.append((f"{name}, route among 1,000 agents / among 13", grown, 2.0, False))
