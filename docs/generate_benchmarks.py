@@ -417,6 +417,7 @@ def filled(text: str) -> str:
 def plot(path: Path) -> None:
     """Horizontal bars, whiskers are quartiles."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     latency, throughput, cold = Result("latency"), Result("throughput"), Result("cold")
     panels = (
@@ -440,6 +441,8 @@ def plot(path: Path) -> None:
         axis.invert_yaxis()
         axis.set(xscale="log", title=title)
         axis.tick_params(axis="y", labelsize=8)
+        axis.xaxis.set(major_locator=LogLocator(subs=(1, 3)), minor_formatter=NullFormatter())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=80)
 
