@@ -296,6 +296,11 @@ writes. `python -m benchmarks --check OLD.json NEW.json` says what became worse,
 
 {targets()}
 
+What is missed, on this machine: the best peers are quantised as well, and hold the same products; what is won over them is what lies
+around the products. OpenVINO's int8 is quicker for longer texts; this processor has a matrix unit (AMX), which other machines lack. Start and memory
+are mostly those of Python and ONNX Runtime themselves, as the row of bare imports shows; llama.cpp's binding brings less. nano's two layers
+wait for 3.5 MB of weights; a static table of vectors, with which it is compared, multiplies nothing. Among thousands of agents a decision is as long as its ranking.
+
 ## Latency
 
 {latency.head("python -m benchmarks latency --gguf FILE")} Warm, milliseconds; texts of exactly so many tokens.
