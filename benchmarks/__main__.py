@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.record import compare
 
 QUESTIONS = {
-    "latency": "one text, warm: ours beside nine other ways to embed or route it",
+    "latency": "one text, warm: ours beside other ways to embed or route it",
     "throughput": "10,000 texts of mixed lengths: texts a second and memory",
     "cold": "a whole process, from its start to the first decision",
     "accuracy": "the same labelled files through every router",

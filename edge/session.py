@@ -234,7 +234,7 @@ def check_unit_rows(vectors: object, shape: tuple[int, ...]) -> None:
         raise OutputError(
             f"the model returned {vectors.dtype} {vectors.shape}, float32 {shape} expected. Run: ruvltra doctor"
         )
-    # Row by row: for the usual single one this is a tenth of the time of numpy's operations on all of them.
+    # Row by row: for the usual single one numpy's operations on all of them take longer.
     # NaN compares false, so this catches values that are not finite as well.
     if not all(1 - 1e-3 < row.dot(row) < 1 + 1e-3 for row in vectors):
         raise OutputError("the model returned vectors that are not finite and of unit length. Run: ruvltra doctor")
