@@ -1,8 +1,9 @@
-"""The command ``ruvltra``: route, embed, generate, capabilities, eval, memory, index, inspect, device, tune, doctor."""
+"""The command ``ruvltra``; verbs with verbs of their own, and servers, are in modules of their own."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import os
@@ -20,15 +21,15 @@ import onnxruntime
 from edge import __version__
 from edge.bundle import Bundle, Variant
 from edge.choice import LIMIT, USES
-from edge.cli_options import count, texts
+from edge.cli_options import count, texts, wanted
 from edge.encoder import Encoder
 from edge.errors import EdgeError, EdgeWarning, InputError
-from edge.providers import Candidate, Provider
 from edge.router import STRATEGIES, Decision, Router
 from edge.session import MAX_THREADS
 
 if TYPE_CHECKING:
     from edge.evaluate import Score
+    from edge.providers import Candidate
 
 T = TypeVar("T")
 _BLOCK = 256  # texts between two steps of a counter
@@ -190,12 +191,17 @@ def _parser(verb: str | None = None) -> argparse.ArgumentParser:
     evaluate.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the confusion matrix (hybrid's, if all)")
     evaluate.set_defaults(run=_eval)
 
-    for name, what in (("memory", "a store of texts: add, import, search, ..."), ("index", "an index of vectors")):
-        nested = verbs.add_parser(name, help=what, description=f"Work with {what.partition(':')[0]}.")
+    for name, module, fill, parents, what, description in (
+        ("memory", "cli_memory", "fill_memory", [], "a store of texts: add, import, ...", "Work with a store of texts."),
+        ("index", "cli_memory", "fill_index", [], "an index of vectors", "Work with an index of vectors."),
+        ("mcp", "mcp_server", "fill", [bundle, agents], "serve tools to language models, by MCP", None),
+        ("serve", "serve", "fill", [bundle, agents], "serve over HTTP, embeddings as OpenAI's API has them", None),
+        ("playground", "playground", "fill", [], "try a bundle in the browser", None),
+        ("hook", "hook", "fill", [], "suggest an agent for each prompt in Claude Code", None),
+    ):
+        inner = verbs.add_parser(name, parents=parents, help=what, description=description)
         if verb in (None, name) or verb.startswith("-"):
-            from edge import cli_memory  # with what it imports, for these verbs alone
-
-            (cli_memory.fill_memory if name == "memory" else cli_memory.fill_index)(nested)
+            getattr(importlib.import_module(f"edge.{module}"), fill)(inner)  # what it imports, for this verb alone
 
     inspect = verbs.add_parser("inspect", parents=[as_json], help="show what is in a bundle")
     inspect.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: the built-in bundle")
@@ -261,18 +267,6 @@ def _option(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _wanted(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of ``Router.load`` and ``Encoder.load`` that both have."""
-    device = Provider(options.device, dict(options.option)) if options.option else options.device
-    return {
-        "variant": options.variant,
-        "device": device,
-        "threads": options.threads,
-        "strict": options.strict,
-        "use": options.use,
-    }
-
-
 def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Show a counter on a terminal's standard error while items pass."""
     shown = sys.stderr.isatty()
@@ -283,7 +277,7 @@ def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 
 def _route(options: argparse.Namespace) -> int:
-    router = Router.load(options.bundle, agents=options.agents, strategy=options.strategy, **_wanted(options))
+    router = Router.load(options.bundle, agents=options.agents, strategy=options.strategy, **wanted(options))
     decision = None
     for task in texts(options.text):
         started = time.perf_counter()
@@ -334,7 +328,7 @@ def _quoted(phrases: Sequence[str]) -> str:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    encoder = Encoder.load(options.bundle, **_wanted(options))
+    encoder = Encoder.load(options.bundle, **wanted(options))
     if options.output is None:
         for text in texts(options.text):
             print(json.dumps({"text": text, "vector": encoder.encode([text])[0].tolist()}), flush=True)
@@ -376,7 +370,7 @@ def _capabilities(options: argparse.Namespace) -> int:
     from edge.capabilities import Capabilities
 
     bundle = Bundle.open(options.bundle)
-    catalogue = Capabilities.load(bundle, encoder=Encoder.load(bundle, **_wanted(options)))
+    catalogue = Capabilities.load(bundle, encoder=Encoder.load(bundle, **wanted(options)))
     for number, request in enumerate(texts(options.text)):
         started = time.perf_counter()
         hits = catalogue.search(request, options.k, ecosystem=options.ecosystem)
@@ -407,7 +401,7 @@ def _eval(options: argparse.Namespace) -> int:
         options.bundle,
         agents=options.agents,
         strategy="hybrid" if options.strategy == "all" else options.strategy,
-        **_wanted(options),
+        **wanted(options),
     )
     rows = read_labelled(options.file, [agent.name for agent in router.agents])
     signals = _progress((router.signals(row.task) for row in rows), len(rows), "routed")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from edge.encoder import clean
 from edge.errors import InputError
+from edge.providers import Provider
 
 
 def texts(arguments: Sequence[str]) -> Iterator[str]:
@@ -20,6 +22,18 @@ def texts(arguments: Sequence[str]) -> Iterator[str]:
             raise InputError("standard input is closed. Pipe texts into it, or give them as arguments.")
         for number, line in enumerate(sys.stdin.buffer):
             yield line.decode("utf-8" if number else "utf-8-sig", "replace").rstrip("\r\n")
+
+
+def wanted(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``Router.load`` and ``Encoder.load`` that both have."""
+    device = Provider(options.device, dict(options.option)) if options.option else options.device
+    return {
+        "variant": options.variant,
+        "device": device,
+        "threads": options.threads,
+        "strict": options.strict,
+        "use": options.use,
+    }
 
 
 def count(text: str) -> int:

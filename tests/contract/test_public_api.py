@@ -90,7 +90,7 @@ def test_the_guard_itself_works(tmp_path: Path) -> None:
 
 
 def test_edge_never_imports_export() -> None:
-    for path in Path(edge.__file__).parent.glob("*.py"):
+    for path in Path(edge.__file__).parent.rglob("*.py"):
         assert "import export" not in path.read_text(encoding="utf-8")
         assert "from export" not in path.read_text(encoding="utf-8")
 
@@ -121,7 +121,7 @@ def text_of(part: ast.expr) -> str:
 def test_every_message_ends_with_what_to_do() -> None:
     """Two sentences: what is wrong, and then what to do about it."""
     assert str(edge.MissingExtra("--plot", "bench")).endswith("pip install 'ruvltra-edge[bench]'")
-    found = [message for path in Path(edge.__file__).parent.glob("*.py") for message in messages(path)]
+    found = [message for path in Path(edge.__file__).parent.rglob("*.py") for message in messages(path)]
     assert len(found) > 50
     lacking = [
         message for message in found if not re.search(r"[^.]\. \S.*\S|Run: ruvltra doctor$|Copy it again\.$", message)
