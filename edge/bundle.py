@@ -202,6 +202,7 @@ class Bundle:
                 f"{source.name(MANIFEST)}: does not match {MANIFEST_DIGEST}, so one of the two was changed or cut "
                 f"short. {_COPY_AGAIN}"
             )
+        self.manifest = raw
         where = source.name(MANIFEST)
         manifest = _Table(_json(raw, where), where)
         version = manifest.integer("format")

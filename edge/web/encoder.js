@@ -39,6 +39,10 @@ export class Encoder {
     this._tokenizer = tokenizer;
     this._session = session;
     this._last = Promise.resolve();
+    // The library lowers whole texts, where a sigma that ends a word has another form; Python's lowers characters.
+    this._lowers = [bundle.tokenizer.normalizer, ...(bundle.tokenizer.normalizer?.normalizers ?? [])].some(
+      (step) => step?.lowercase || step?.type === "Lowercase",
+    );
     // The special tokens at either end: what is around a text's own tokens.
     const own = tokenizer.encode("a", { add_special_tokens: false }).ids;
     const all = tokenizer.encode("a").ids;
@@ -63,7 +67,8 @@ export class Encoder {
   }
 
   _own(text) {
-    return this._tokenizer.encode(text, { add_special_tokens: false }).ids;
+    const plain = this._lowers ? text.replaceAll("Σ", "σ") : text;
+    return this._tokenizer.encode(plain, { add_special_tokens: false }).ids;
   }
 
   /** (dim,) unit vector of one tokenised text; texts run one after the other. */
