@@ -23,6 +23,12 @@ _SCRIPTS = ("browser.js", "bundle.js", "casefold.js", "encoder.js", "errors.js",
 _PAGE = ("index.html", "style.css", "page.js", "map.js", "editor.js", "icon.svg", *_SCRIPTS)
 _VENDORED = ("NOTICE.txt", "ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 _VENDOR = tuple(f"vendor/{name}" for name in (*_VENDORED, "tokenizers.min.mjs"))
+# WebGPU's part is as large as all the rest, and not in the wheel.
+_WEBGPU = (
+    "vendor/ort.webgpu.min.mjs",
+    "vendor/ort-wasm-simd-threaded.asyncify.mjs",
+    "vendor/ort-wasm-simd-threaded.asyncify.wasm",
+)
 _OURS = ".ruvltra-playground"  # marks a folder that was written by --output
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -108,6 +114,8 @@ def site(bundle: Bundle) -> dict[str, Callable[[], bytes]]:
     for variant in variants:
         listed += [variant.model, *([] if variant.weights is None else [variant.weights])]
     files: dict[str, Callable[[], bytes]] = {name: (WEB / name).read_bytes for name in (*_PAGE, *_VENDOR)}
+    if all((WEB / name).is_file() for name in _WEBGPU):
+        files.update({name: (WEB / name).read_bytes for name in _WEBGPU})
     files[f"bundle/{MANIFEST}"] = lambda: bundle.manifest
     files[f"bundle/{MANIFEST_DIGEST}"] = lambda: manifest_digest(bundle.manifest)
     files.update({f"bundle/{file.file}": partial(bundle.read, file) for file in listed})

@@ -12,9 +12,23 @@ import { Router as AnyRouter, STRATEGIES } from "./router.js";
 
 export { Bundle, EdgeError, STRATEGIES };
 
-ort.env.wasm.numThreads = 1;
-ort.env.wasm.wasmPaths = new URL("./vendor/", import.meta.url).href;
-const runtime = { ort, Tokenizer };
+const vendor = new URL("./vendor/", import.meta.url).href;
+
+function runtime(module) {
+  module.env.wasm.numThreads = 1;
+  module.env.wasm.wasmPaths = vendor;
+  return { ort: module, Tokenizer };
+}
+
+/** ONNX Runtime's module for some providers; that of WebGPU is large, and fetched where it is asked for. */
+const runtimeFor = async ({ providers } = {}) =>
+  runtime(providers?.includes("webgpu") ? await import("./vendor/ort.webgpu.min.mjs") : ort);
+
+/** Whether WebGPU can be tried: this browser gives an adapter, and its runtime lies beside the page. */
+export async function hasWebgpu() {
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  return Boolean(adapter) && (await fetch(`${vendor}ort.webgpu.min.mjs`, { method: "HEAD" })).ok;
+}
 
 async function read(address, progress) {
   let response;
@@ -50,12 +64,12 @@ export const openBundle = (address, progress) => {
 
 export const Encoder = {
   /** @param {string|Bundle} bundle @param {object} [options] As for `Encoder.load` of encoder.js. */
-  load: async (bundle, options) => AnyEncoder.load(await opened(bundle), runtime, options),
+  load: async (bundle, options) => AnyEncoder.load(await opened(bundle), await runtimeFor(options), options),
 };
 
 export const Router = {
   /** @param {string|Bundle} bundle @param {object} [options] As for `Router.load` of router.js. */
-  load: async (bundle, options) => AnyRouter.load(await opened(bundle), runtime, options),
+  load: async (bundle, options) => AnyRouter.load(await opened(bundle), await runtimeFor(options), options),
 };
 
 const opened = (bundle) => (typeof bundle === "string" ? openBundle(bundle) : bundle);

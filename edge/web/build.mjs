@@ -3,7 +3,14 @@ import { cp, mkdir, readFile, rm, writeFile } from "node:fs/promises";
 import { gzipSync } from "node:zlib";
 
 const FILES = {
-  "onnxruntime-web": ["dist/ort.wasm.min.mjs", "dist/ort-wasm-simd-threaded.mjs", "dist/ort-wasm-simd-threaded.wasm"],
+  "onnxruntime-web": [
+    "dist/ort.wasm.min.mjs",
+    "dist/ort-wasm-simd-threaded.mjs",
+    "dist/ort-wasm-simd-threaded.wasm",
+    "dist/ort.webgpu.min.mjs",
+    "dist/ort-wasm-simd-threaded.asyncify.mjs",
+    "dist/ort-wasm-simd-threaded.asyncify.wasm",
+  ],
   "@huggingface/tokenizers": ["dist/tokenizers.min.mjs"],
 };
 const LICENCES = { "onnxruntime-web": "MIT", "@huggingface/tokenizers": "Apache-2.0" };

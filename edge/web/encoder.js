@@ -18,7 +18,7 @@ export class Encoder {
       bundle.read(chosen),
       chosen.weights ? bundle.read(chosen.weights) : Promise.resolve(null),
     ]);
-    const options = { intraOpNumThreads: 1, interOpNumThreads: 1, graphOptimizationLevel: "all" };
+    const options = { intraOpNumThreads: 1, interOpNumThreads: 1, graphOptimizationLevel: "all", logSeverityLevel: 3 };
     if (weights) options.externalData = [{ path: chosen.weights.file.split("/").pop(), data: weights }];
     if (providers) options.executionProviders = providers;
     let session;

@@ -1,5 +1,5 @@
 /** The page: a task goes in, the decision and its reasons come out. */
-import { Encoder, openBundle, Router, STRATEGIES } from "./browser.js";
+import { Encoder, hasWebgpu, openBundle, Router, STRATEGIES } from "./browser.js";
 import { AgentEditor } from "./editor.js";
 import { AgentMap } from "./map.js";
 import { WORD } from "./text.js";
@@ -13,6 +13,8 @@ const EXAMPLES = [
   "which sourdough recipe needs no starter?",
 ];
 const PAUSE = 60; // milliseconds without a key before a task is routed
+const ROUNDS = 5; // of the goldens that WebGPU is measured by
+const HALF_PRECISION = 0.999; // what a cosine may fall to on hardware that computes in it
 const $ = (id) => document.getElementById(id);
 const seconds = (milliseconds) => `${(milliseconds / 1000).toFixed(milliseconds < 1000 ? 2 : 1)} s`;
 
@@ -151,6 +153,47 @@ async function load(variant) {
   await agentsChanged();
 }
 
+/** Median milliseconds of an encoder for some golden texts, and its lowest cosine to their vectors. */
+async function measured(tried, goldens) {
+  const times = [];
+  let cosine = 1;
+  for (let round = 0; round < ROUNDS; round++) {
+    for (const { text, vector } of goldens) {
+      const start = performance.now();
+      const made = await tried.encodeTokens(tried.tokenize(text));
+      times.push(performance.now() - start);
+      cosine = Math.min(cosine, made.reduce((sum, value, place) => sum + value * vector[place], 0));
+    }
+  }
+  return { milliseconds: times.sort((a, b) => a - b)[times.length >> 1], cosine };
+}
+
+/** WebGPU is used only where it has proven itself on this device: right by the goldens, and quicker. */
+async function measureWebgpu() {
+  $("measure").disabled = true;
+  $("measure").textContent = "measuring …";
+  let outcome;
+  try {
+    const goldens = (await bundle.goldens()).slice(0, 4);
+    const here = await measured(encoder, goldens);
+    const { id } = encoder.variant;
+    const tried = await Encoder.load(bundle, { variant: id, providers: ["webgpu"] });
+    const there = await measured(tried, goldens);
+    const right = there.cosine >= Math.min(encoder.variant.minimum_cosine, HALF_PRECISION);
+    const wins = right && there.milliseconds < here.milliseconds;
+    if (wins) {
+      encoder = tried;
+      builtIn = null;
+      await agentsChanged();
+    }
+    const times = `${there.milliseconds.toFixed(1)} ms, WebAssembly ${here.milliseconds.toFixed(1)} ms`;
+    outcome = right ? `WebGPU: ${times}; ${wins ? "WebGPU" : "WebAssembly"} is used` : "WebGPU gives wrong vectors; WebAssembly is used";
+  } catch (error) {
+    outcome = `WebGPU does not run it; WebAssembly is used (${error.message.slice(0, 80)})`;
+  }
+  $("measure").textContent = outcome;
+}
+
 let waiting;
 $("task").addEventListener("input", () => {
   clearTimeout(waiting);
@@ -174,6 +217,7 @@ editor = new AgentEditor($("agents"), () => {
 });
 $("add").addEventListener("click", () => editor.add());
 $("reset").addEventListener("click", () => editor.reset());
+$("measure").addEventListener("click", measureWebgpu);
 $("copy").addEventListener("click", () => navigator.clipboard.writeText(JSON.stringify(editor.agents, null, 2)));
 
 try {
@@ -189,12 +233,13 @@ try {
   const bytes = (bundle.variant().bytes + (bundle.variant().weights?.bytes ?? 0)) / 1e6;
   $("status").textContent = `${name} ${version}, ${encoder.variant.id}, ${bytes.toFixed(0)} MB, in WebAssembly; ready in ${seconds(performance.now() - began)}`;
   $("map-note").textContent =
-    "Two of many dimensions: those in which the agents differ most. Near here need not be near there; the bars are what counts.";
+    "Agents by their distances, drawn in two of many dimensions as nearly as can be; the task stands where it is pulled. The bars are what counts.";
   $("loading").classList.add("done");
   document.body.dataset.ready = "true";
   if (!$("task").value) $("task").value = EXAMPLES[0];
   await decide();
   document.body.dataset.first = String(performance.now() - began);
+  $("webgpu").hidden = !(await hasWebgpu());
 } catch (error) {
   $("status").textContent = "The bundle could not be opened.";
   $("loading").classList.add("done");

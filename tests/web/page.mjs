@@ -20,7 +20,7 @@ const context = await chromium.launchPersistentContext(profile, {
   executablePath: "/usr/bin/chromium",
   headless: true,
   args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync"],
+    "--disable-component-update", "--disable-sync", ...(wanted.flags ?? [])],
   viewport: wanted.viewport ?? { width: 1200, height: 900 },
   colorScheme: wanted.scheme ?? "light",
 });
@@ -30,7 +30,7 @@ const complaints = [];
 page.on("request", (request) => {
   if (new URL(request.url()).origin !== new URL(wanted.address).origin && !request.url().startsWith("data:")) foreign.push(request.url());
 });
-page.on("console", (message) => { if (["error", "warning"].includes(message.type())) complaints.push(message.text()); });
+page.on("console", (message) => { if (message.type() === "error") complaints.push(message.text()); });
 page.on("pageerror", (error) => complaints.push(String(error)));
 
 const scripts = {
@@ -85,6 +85,12 @@ const scripts = {
     said.own = await page.textContent("#agent");
     if (wanted.second) await page.screenshot({ path: wanted.second, fullPage: true });
     return said;
+  },
+  /** What comes of measuring WebGPU. */
+  webgpu: async () => {
+    await page.click("#measure");
+    await page.waitForFunction(() => / is used/.test(document.querySelector("#measure").textContent), null, { timeout: 60000 });
+    return page.textContent("#measure");
   },
   /** What the page says when its bundle is broken. */
   refusal: async () => {
