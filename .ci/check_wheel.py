@@ -20,6 +20,8 @@ def check_contents(wheel: str) -> None:
     needed = {"bundle.json", "bundle.json.sha256", "agents.json", "goldens.json", "tokenizer.json"}
     needed |= {"capabilities.json", "capabilities.npz"}
     assert needed < bundle, f"the default bundle holds {bundle}"
+    assert "edge/web/vendor/ort-wasm-simd-threaded.wasm" in names, "the page's packages were not built in"
+    assert not [name for name in names if "node_modules" in name or "asyncify" in name], "the wheel holds too much"
     assert any(name.endswith(".onnx") for name in bundle), "the default bundle has no model"
     assert not [name for name in names if "test" in name.split("/")[0]], "the wheel holds tests"
     assert any(name.endswith("LICENSE") for name in names), "the wheel has no licence"
