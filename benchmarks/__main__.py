@@ -27,6 +27,7 @@ QUESTIONS = {
     "durability": "a writer killed again and again; readers beside it",
     "generate": "a language model's bundle beside llama.cpp",
     "export": "exported models beside sentence-transformers, transformers and llama.cpp",
+    "hook": "Claude Code's hook as a whole process",
     "browser": "the page in Chromium, and Node, beside Python",
     "coreml": "CoreML packages in an evaluator beside the network",
     "before": "this checkout beside another commit of it",

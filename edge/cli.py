@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from edge.providers import Candidate
 
 T = TypeVar("T")
+_Fill = Callable[[argparse.ArgumentParser], None]
 _BLOCK = 256  # texts between two steps of a counter
 ABSTAINED = 3  # exit status of `ruvltra route` for a single text that nobody takes
 
@@ -83,7 +84,7 @@ def run() -> NoReturn:
 
 
 def _parser(verb: str | None = None) -> argparse.ArgumentParser:
-    """The command line; the verbs that have verbs of their own are complete only if it is for them, or for all."""
+    """The command line; of one verb alone if it is for that, which takes a fraction of the time."""
     parser = argparse.ArgumentParser(
         prog="ruvltra",
         description="Route developer tasks to agents and embed text, locally and offline.",
@@ -91,17 +92,29 @@ def _parser(verb: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ruvltra-edge {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    known = {name for name, *_ in _VERBS}
+    for name, shared, fill, what, description in _VERBS:
+        if verb == name or verb not in known:
+            inner = verbs.add_parser(name, help=what, description=description)
+            for share in shared:
+                share(inner)
+            if isinstance(fill, str):  # in a module of its own, with what that imports
+                module, _, function = fill.partition(".")
+                fill = getattr(importlib.import_module(f"edge.{module}"), function)
+            fill(inner)
+    return parser
 
-    bundle = argparse.ArgumentParser(add_help=False)
-    bundle.add_argument("--bundle", metavar="DIR", help="bundle folder or zip file (default: the one that is built in)")
-    bundle.add_argument("--variant", metavar="ID", help="variant of the bundle to run (default: what suits the device)")
-    bundle.add_argument(
+
+def _share_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", metavar="DIR", help="bundle folder or zip file (default: the one that is built in)")
+    parser.add_argument("--variant", metavar="ID", help="variant of the bundle to run (default: what suits the device)")
+    parser.add_argument(
         "--device",
         default="auto",
         metavar="NAME",
         help="auto, cpu, cuda, coreml, openvino ... (default: auto, what `ruvltra tune` measured as best, or cpu)",
     )
-    bundle.add_argument(
+    parser.add_argument(
         "--option",
         type=_option,
         action="append",
@@ -109,139 +122,179 @@ def _parser(verb: str | None = None) -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="an option of the device's provider, in place of the known ones; may be repeated",
     )
-    bundle.add_argument("--strict", action="store_true", help="refuse unless the whole model runs on that device")
-    bundle.add_argument(
+    parser.add_argument("--strict", action="store_true", help="refuse unless the whole model runs on that device")
+    parser.add_argument(
         "--use", choices=USES, default="latency", help="what a measured winner is to be best at (default: latency)"
     )
-    bundle.add_argument(
+    parser.add_argument(
         "--threads",
         type=_threads,
         metavar="N",
         help="threads for one text (default: 1; texts run side by side)",
     )
-    agents = argparse.ArgumentParser(add_help=False)
-    agents.add_argument(
+
+
+def _share_agents(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--agents", metavar="PATH", help="your own agents: a .toml, .json or .md file, or a folder of .md files"
     )
-    as_json = argparse.ArgumentParser(add_help=False)
-    as_json.add_argument("--json", action="store_true", help="write JSON")
 
-    route = verbs.add_parser(
-        "route",
-        parents=[bundle, agents, as_json],
-        help="say which agent takes a task",
-        description="Say which agent takes a task, how sure that is, and why.",
-    )
-    route.add_argument("--strategy", choices=STRATEGIES, default="hybrid", help="how to decide (default: hybrid)")
-    route.add_argument(
+
+def _share_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="write JSON")
+
+
+def _fill_route(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--strategy", choices=STRATEGIES, default="hybrid", help="how to decide (default: hybrid)")
+    parser.add_argument(
         "text", nargs="+", metavar="TEXT", help="a task; '-' reads tasks from standard input, one a line"
     )
-    route.set_defaults(run=_route)
+    parser.set_defaults(run=_route)
 
-    embed = verbs.add_parser(
-        "embed",
-        parents=[bundle, as_json],
-        help="turn texts into unit vectors",
-        description='Turn texts into unit vectors: one JSON object {"text", "vector"} a line, or an array in a file.',
-    )
-    embed.add_argument("--output", type=Path, metavar="FILE.npy", help="write a float32 array (texts, dim) instead")
-    embed.add_argument(
+
+def _fill_embed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE.npy", help="write a float32 array (texts, dim) instead")
+    parser.add_argument(
         "text", nargs="+", metavar="TEXT", help="a text; '-' reads texts from standard input, one a line"
     )
-    embed.set_defaults(run=_embed)
+    parser.set_defaults(run=_embed)
 
-    generate = verbs.add_parser(
-        "generate",
-        help="continue a text",
-        description="Continue a text by a bundle's language model, the most probable token at a time, as it comes.",
-    )
-    generate.add_argument(
-        "--bundle", metavar="DIR", required=True, help="bundle folder or zip file, of a language model"
-    )
-    generate.add_argument("--generator", metavar="ID", help="which of the bundle's (default: the last one)")
-    generate.add_argument("--max-tokens", type=count, default=64, metavar="N", help="at most (default: 64)")
-    generate.add_argument("--threads", type=_threads, metavar="N", help="default: one a physical core")
-    generate.add_argument("text", metavar="TEXT", help="what is continued")
-    generate.set_defaults(run=_generate)
 
-    capabilities = verbs.add_parser(
-        "capabilities",
-        parents=[bundle, as_json],
-        help="find the tool that a request asks for",
-        description="Find the capabilities of claude-flow, agentic-flow and ruvector that a request asks for: "
-        "commands, agents, hooks, workers, skills, MCP tools, crates and others, with a probability for each.",
-    )
-    capabilities.add_argument("-k", type=count, default=5, metavar="N", help="how many (default: 5)")
-    capabilities.add_argument("--ecosystem", metavar="NAME", help="only what this one has (default: all)")
-    capabilities.add_argument(
+def _fill_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", metavar="DIR", required=True, help="bundle folder or zip file, of a language model")
+    parser.add_argument("--generator", metavar="ID", help="which of the bundle's (default: the last one)")
+    parser.add_argument("--max-tokens", type=count, default=64, metavar="N", help="at most (default: 64)")
+    parser.add_argument("--threads", type=_threads, metavar="N", help="default: one a physical core")
+    parser.add_argument("text", metavar="TEXT", help="what is continued")
+    parser.set_defaults(run=_generate)
+
+
+def _fill_capabilities(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-k", type=count, default=5, metavar="N", help="how many (default: 5)")
+    parser.add_argument("--ecosystem", metavar="NAME", help="only what this one has (default: all)")
+    parser.add_argument(
         "text", nargs="+", metavar="TEXT", help="a request; '-' reads requests from standard input, one a line"
     )
-    capabilities.set_defaults(run=_capabilities)
+    parser.set_defaults(run=_capabilities)
 
-    evaluate = verbs.add_parser(
-        "eval",
-        parents=[bundle, agents, as_json],
-        help="measure accuracy on labelled tasks",
-        description='Measure strategies on a JSON-lines file of {"task", "agent"} rows; "none" is out of scope.',
-    )
-    evaluate.add_argument("file", type=Path, metavar="FILE.jsonl")
-    evaluate.add_argument(
+
+def _fill_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE.jsonl")
+    parser.add_argument(
         "--strategy", choices=[*STRATEGIES, "all"], default="all", help="what to measure (default: all)"
     )
-    evaluate.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the confusion matrix (hybrid's, if all)")
-    evaluate.set_defaults(run=_eval)
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the confusion matrix (hybrid's, if all)")
+    parser.set_defaults(run=_eval)
 
-    for name, module, fill, parents, what, description in (
-        ("memory", "cli_memory", "fill_memory", [], "a store of texts: add, import, ...", "Work with a store of texts."),
-        ("index", "cli_memory", "fill_index", [], "an index of vectors", "Work with an index of vectors."),
-        ("mcp", "mcp_server", "fill", [bundle, agents], "serve tools to language models, by MCP", None),
-        ("serve", "serve", "fill", [bundle, agents], "serve over HTTP, embeddings as OpenAI's API has them", None),
-        ("playground", "playground", "fill", [], "try a bundle in the browser", None),
-        ("hook", "hook", "fill", [], "suggest an agent for each prompt in Claude Code", None),
-    ):
-        inner = verbs.add_parser(name, parents=parents, help=what, description=description)
-        if verb in (None, name) or verb.startswith("-"):
-            getattr(importlib.import_module(f"edge.{module}"), fill)(inner)  # what it imports, for this verb alone
 
-    inspect = verbs.add_parser("inspect", parents=[as_json], help="show what is in a bundle")
-    inspect.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: the built-in bundle")
-    inspect.set_defaults(run=_inspect)
+def _fill_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: the built-in bundle")
+    parser.set_defaults(run=_inspect)
 
-    device = verbs.add_parser(
-        "device",
-        parents=[as_json],
-        help="show what this device has",
-        description="Show processor, cores and memory that may be used, accelerators, and ONNX Runtime's providers.",
-    )
-    device.set_defaults(run=_device)
 
-    tune = verbs.add_parser(
-        "tune",
-        parents=[as_json],
-        help="measure what runs a bundle best here, and remember it",
-        description="Measure every variant on every provider of this device, each in a process of its own, and keep "
-        "the best for latency, throughput and memory in the user's cache folder.",
-    )
-    tune.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: the built-in bundle")
-    tune.add_argument(
+def _fill_device(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_device)
+
+
+def _fill_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: the built-in bundle")
+    parser.add_argument(
         "--seconds", type=_seconds, default=1.0, metavar="S", help="to time each length and batch (default: 1)"
     )
-    tune.add_argument(
+    parser.add_argument(
         "--limit", type=_seconds, default=LIMIT, metavar="S", help=f"to stop a candidate after (default: {LIMIT:g})"
     )
-    tune.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latency against memory")
-    tune.set_defaults(run=_tune)
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latency against memory")
+    parser.set_defaults(run=_tune)
 
-    doctor = verbs.add_parser(
+
+def _fill_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: the built-in bundle")
+    parser.set_defaults(run=_doctor)
+
+
+# Name, arguments that it shares with others, what gives it its own (a function, or the name of one in a module), help,
+# description.
+_VERBS: tuple[tuple[str, tuple[_Fill, ...], _Fill | str, str, str | None], ...] = (
+    (
+        "route",
+        (_share_bundle, _share_agents, _share_json),
+        _fill_route,
+        "say which agent takes a task",
+        "Say which agent takes a task, how sure that is, and why.",
+    ),
+    (
+        "embed",
+        (_share_bundle, _share_json),
+        _fill_embed,
+        "turn texts into unit vectors",
+        'Turn texts into unit vectors: one JSON object {"text", "vector"} a line, or an array in a file.',
+    ),
+    (
+        "generate",
+        (),
+        _fill_generate,
+        "continue a text",
+        "Continue a text by a bundle's language model, the most probable token at a time, as it comes.",
+    ),
+    (
+        "capabilities",
+        (_share_bundle, _share_json),
+        _fill_capabilities,
+        "find the tool that a request asks for",
+        "Find the capabilities of claude-flow, agentic-flow and ruvector that a request asks for: "
+        "commands, agents, hooks, workers, skills, MCP tools, crates and others, with a probability for each.",
+    ),
+    (
+        "eval",
+        (_share_bundle, _share_agents, _share_json),
+        _fill_eval,
+        "measure accuracy on labelled tasks",
+        'Measure strategies on a JSON-lines file of {"task", "agent"} rows; "none" is out of scope.',
+    ),
+    (
+        "memory",
+        (),
+        "cli_memory.fill_memory",
+        "a store of texts: add, import, search, ...",
+        "Work with a store of texts.",
+    ),
+    ("index", (), "cli_memory.fill_index", "an index of vectors", "Work with an index of vectors."),
+    ("mcp", (_share_bundle, _share_agents), "mcp_server.fill", "serve tools to language models, by MCP", None),
+    (
+        "serve",
+        (_share_bundle, _share_agents),
+        "serve.fill",
+        "serve over HTTP, embeddings as OpenAI's API has them",
+        None,
+    ),
+    ("playground", (), "playground.fill", "try a bundle in the browser", None),
+    ("hook", (), "hook.fill", "suggest an agent for each prompt in Claude Code", None),
+    ("inspect", (_share_json,), _fill_inspect, "show what is in a bundle", None),
+    (
+        "device",
+        (_share_json,),
+        _fill_device,
+        "show what this device has",
+        "Show processor, cores and memory that may be used, accelerators, and ONNX Runtime's providers.",
+    ),
+    (
+        "tune",
+        (_share_json,),
+        _fill_tune,
+        "measure what runs a bundle best here, and remember it",
+        "Measure every variant on every provider of this device, each in a process of its own, and keep "
+        "the best for latency, throughput and memory in the user's cache folder.",
+    ),
+    (
         "doctor",
-        parents=[as_json],
-        help="prove a bundle on this device",
-        description="Recompute hashes, token ids and vectors on this device, and say what runs it, why, and how fast; "
+        (_share_json,),
+        _fill_doctor,
+        "prove a bundle on this device",
+        "Recompute hashes, token ids and vectors on this device, and say what runs it, why, and how fast; "
         "exit status 1 if anything is wrong.",
-    )
-    doctor.add_argument("bundle", nargs="?", metavar="BUNDLE", help="default: the built-in bundle")
-    doctor.set_defaults(run=_doctor)
-    return parser
+    ),
+)
 
 
 def _threads(text: str) -> int:

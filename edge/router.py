@@ -17,6 +17,7 @@ from edge.bundle import Bundle, Calibration, Head
 from edge.encoder import Encoder, clean
 from edge.errors import InputError, ManifestError
 from edge.keywords import KeywordRules, Matches
+from edge.prototypes import prototypes
 from edge.providers import Provider
 
 if TYPE_CHECKING:
@@ -358,18 +359,6 @@ def probabilities(signals: Signals, calibration: Calibration) -> NDArray[np.floa
     exponents = np.exp(logits - highest)
     shares: NDArray[np.float64] = exponents / (sum(exponents.tolist()) + math.exp(rest - highest))
     return shares
-
-
-def prototypes(encoder: Encoder, agents: Sequence[Agent]) -> NDArray[np.float32]:
-    """(agents, dim) float32 unit rows: the mean of an agent's description and examples."""
-    texts = [
-        [*([f"{agent.name}: {agent.description}"] if agent.description else []), *agent.examples] for agent in agents
-    ]
-    vectors = encoder.encode(itertools.chain.from_iterable(texts))  # in one call: one text a core
-    ends = np.cumsum([len(own) for own in texts])
-    means = np.stack([part.mean(axis=0) for part in np.split(vectors, ends[:-1])])
-    rows: NDArray[np.float32] = (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
-    return rows
 
 
 def check_strategy(strategy: str) -> None:
