@@ -15,6 +15,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from edge.address import port_number
 from edge.bundle import MANIFEST, MANIFEST_DIGEST, Bundle, File, manifest_digest
 from edge.errors import InputError, ProviderUnavailable
 
@@ -61,16 +62,10 @@ def fill(parser: argparse.ArgumentParser) -> None:
         "it goes and why. With --output, write it as files for any web server instead."
     )
     parser.add_argument("--bundle", metavar="DIR", help="bundle folder or zip file (default: the one that is built in)")
-    parser.add_argument("--port", type=_port, default=8750, metavar="N", help="default: 8750; 0 takes a free one")
+    parser.add_argument("--port", type=port_number, default=8750, metavar="N", help="default: 8750; 0 takes a free one")
     parser.add_argument("--no-open", action="store_true", help="do not open the browser")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write files there instead of serving them")
     parser.set_defaults(run=_run)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text[:9]) > 65535:
-        raise argparse.ArgumentTypeError("must be a number from 0 to 65535")
-    return int(text)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -40,7 +40,7 @@ def prototypes(encoder: Encoder, agents: Sequence[Agent]) -> NDArray[np.float32]
     chosen = encoder.placement.candidate
     ways = f"{encoder.id} {chosen.variant} {chosen.provider} {chosen.hardware} {sorted(chosen.options.items())}"
     path = cache_folder() / "prototypes" / f"{hashlib.sha256(ways.encode()).hexdigest()[:32]}.npy"
-    keys = [hashlib.sha256("\0".join(_texts(agent)).encode()).digest() for agent in agents]
+    keys = [hashlib.sha256("\0".join(_texts(agent)).encode("utf-8", "surrogatepass")).digest() for agent in agents]
     kept = _kept(path, encoder.dim)
     lacking = [place for place, key in enumerate(keys) if key not in kept]
     if lacking:

@@ -334,7 +334,8 @@ def edit(path: Path, command: str | None) -> Edit:
     try:
         after = uninstalled(before or "") if command is None else installed(before or "", command)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        error.args = (f"{path}: {error}",)
+        raise
     return Edit(path, before, after)
 
 

@@ -113,7 +113,7 @@ def text_of(part: ast.expr) -> str:
     value = part.value if isinstance(part, ast.FormattedValue) else part
     return (
         "Copy it again."
-        if isinstance(value, ast.Name) and value.id in ("_COPY_AGAIN", "_AGAIN", "_EXPORT_AGAIN")
+        if isinstance(value, ast.Name) and value.id in ("_COPY_AGAIN", "_AGAIN", "_EXPORT_AGAIN", "_CORRECT")
         else "x"
     )
 
