@@ -21,6 +21,7 @@ from edge.session import Backend, Placement
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
+S = TypeVar("S")
 T = TypeVar("T")
 _WORTH_SHARING = 4  # texts; fewer are done before a second thread has begun
 
@@ -174,9 +175,9 @@ class Encoder:
         rows = self.each(lambda text: self.encode_tokens(self.tokenize(text)), texts)
         return np.stack(rows) if rows else np.empty((0, self.dim), dtype=np.float32)
 
-    def each(self, function: Callable[[str], T], texts: Iterable[str]) -> list[T]:
+    def each(self, function: Callable[[S], T], these: Iterable[S]) -> list[T]:
         """What a function that encodes one text gives for each, in their order; side by side where that pays."""
-        items = list(texts)
+        items = list(these)
         if self._side_by_side == 1 or len(items) < _WORTH_SHARING:
             return [function(text) for text in items]
         if self._pool is None:
