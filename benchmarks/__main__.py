@@ -27,6 +27,7 @@ QUESTIONS = {
     "durability": "a writer killed again and again; readers beside it",
     "generate": "a language model's bundle beside llama.cpp",
     "export": "exported models beside sentence-transformers, transformers and llama.cpp",
+    "serve": "the HTTP server under load, with batches and without",
     "hook": "Claude Code's hook as a whole process",
     "browser": "the page in Chromium, and Node, beside Python",
     "coreml": "CoreML packages in an evaluator beside the network",
