@@ -18,7 +18,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.peers import PEERS  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-FILLED = (ROOT / "README.md", ROOT / "docs" / "performance.md")  # pages with blocks of figures
+FILLED = tuple(
+    ROOT / name
+    for name in ("README.md", *(f"docs/{page}.md" for page in ("performance", "playground", "claude-code", "serve")))
+)  # pages with blocks of figures
 OURS = "ruvltra-mini int8"
 SAME_BACKBONE = [p.subject for p in PEERS.values() if p.bound is not None and p.environment != "ours"]
 _BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.S)
@@ -407,6 +410,45 @@ def before_block() -> str:
     return table(["one thread, ms", "before", "now", "ratio [quartiles]"], lines)
 
 
+def browser_block() -> str:
+    result = Result("browser")
+    first, routes = "from nothing to the first decision", "a decision, 200 tasks"
+    lines = [
+        [name, _middle(result, first, name, "first"), timed(result.rows[routes, name, "p50"])]
+        for name in ("Python", "Node", "Chromium")
+    ]
+    head = ["ms", "first decision [quartiles]", "a decision (ratio to Python's [quartiles])"]
+    return f"{table(head, lines)}\n\n{result.head('python -m benchmarks browser')}"
+
+
+def _middle(result: Result, case: str, subject: str, measure: str) -> str:
+    row = result.rows.get((case, subject, measure))
+    return "-" if row is None else f"{number(row['value'])} [{number(row['low'])}, {number(row['high'])}]"
+
+
+def hook_block() -> str:
+    result = Result("hook")
+    lines = [[name, timed(result.rows["one process", name, "wall"])] for name in result.subjects("one process", "wall")]
+    return f"{table(['', 's (ratio [quartiles])'], lines)}\n\n{result.head('python -m benchmarks hook')}"
+
+
+def serve_block() -> str:
+    result = Result("serve")
+    lines = []
+    for subject in result.subjects("in turn", "rate"):
+        cells = [timed(result.rows["in turn", subject, measure]) for measure in ("rate", "p99")]
+        lines.append([subject, *cells])
+    (long,) = {case for case, _, measure in result.rows if measure == "errors"}
+    told = [
+        f"{subject}: {number(result.value(long, subject, 'rate'))} requests a second, 99 % within "
+        f"{number(result.value(long, subject, 'p99'))} ms, {number(result.value(long, subject, 'errors'))} errors, memory "
+        f"{result.value(long, subject, 'growth'):+.1f} MB"
+        for subject in result.subjects(long, "errors")
+    ]
+    head = ["32 connections", "requests/s (ratio [quartiles])", "99 % within, ms (ratio [quartiles])"]
+    return f"{table(head, lines)}\n\nIn {long}: {'; '.join(told)}.\n\n{result.head('python -m benchmarks serve')}"
+
+
 def filled(text: str) -> str:
     """A page with its figures written anew."""
     blocks = {
@@ -415,6 +457,9 @@ def filled(text: str) -> str:
         "size": size_block,
         "parts": parts_block,
         "before": before_block,
+        "browser": browser_block,
+        "hook": hook_block,
+        "serve": serve_block,
     }
     return _BLOCK.sub(lambda found: f"{found.group(1)}{blocks[found.group(2)]()}\n{found.group(3)}", text)
 
