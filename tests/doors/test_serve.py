@@ -117,6 +117,14 @@ def test_embeddings_by_openais_client(client: openai.OpenAI, router: Router) -> 
     assert one.model == "ruvltra-mini"
 
 
+def test_the_example_of_the_page(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "serve.md").read_text("utf-8")
+    (code,) = re.findall(r"^```py\n(.*?)^```", page, re.S | re.M)
+    exec(compile(code.replace(":8080", f":{server.port}"), "example", "exec"), {"__name__": "example"})
+    (said,) = re.findall(r"print\(.*\)  # (.*)", code)
+    assert capsys.readouterr().out.strip() == said
+
+
 def test_what_openais_client_makes_of_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="Use 'ruvltra-mini'") as unknown:
         client.embeddings.create(model="text-embedding-3-small", input="a")
