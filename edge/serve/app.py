@@ -39,6 +39,7 @@ _FEW = 8  # texts whose client is not watched while they are worked on
 _QUIET = ("/healthz", "/metrics")  # asked every few seconds, and not logged
 _OPEN = ("/healthz",)  # needs no token
 _UNREAD = (401, 403, 404, 405, 408, 413, 415, 503)  # answers to requests whose body may not have been read
+_PATIENCE = 16  # times as much as a body may have is let come in
 _GONE = 499  # nginx's status for a client that has left; nobody receives it
 
 
@@ -235,30 +236,33 @@ class App:
         stated = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if stated != "application/json":  # what a web page may not send without being asked
             raise Problem(415, "the body is not stated to be JSON. Send the header: Content-Type: application/json")
-        try:
-            async with asyncio.timeout(self._limits.seconds):
-                data = await self._read(request)
-        except TimeoutError:
-            raise Problem(
-                408, f"the body did not come in within {self._limits.seconds:g} seconds. Send it at once."
-            ) from None
+        data = await self._read(request)
         try:
             return kind.model_validate_json(data)
         except ValidationError as error:
             raise _invalid(error) from None
 
     async def _read(self, request: Request) -> bytes:
-        most = self._limits.body
-        length = request.headers.get("content-length", "")
+        """A body. What is too large is let come in, and let go: else its sender would not read the answer."""
+        most, seconds = self._limits.body, self._limits.seconds
         too_large = Problem(413, f"the body has more than {most} bytes. Send less at a time.", code="too_large")
-        if length.isdecimal() and int(length[:18]) > most:
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:18]) > _PATIENCE * most:
             raise too_large
         parts, size = [], 0
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > most:
-                raise too_large
+        try:
+            async with asyncio.timeout(seconds):
+                async for part in request.stream():
+                    size += len(part)
+                    if size <= most:
+                        parts.append(part)
+                    elif size > _PATIENCE * most:
+                        break
+        except TimeoutError:
+            if size <= most:
+                raise Problem(408, f"the body did not come in within {seconds:g} seconds. Send it at once.") from None
+        if size > most:
+            raise too_large
         return b"".join(parts)
 
     def _texts(self, request: Request, given: str | list[str], param: str) -> list[str]:

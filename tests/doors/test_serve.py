@@ -22,6 +22,7 @@ import openai
 import pytest
 
 from edge import Encoder, Router
+from tests.conftest import ROOT
 
 TASK = "Fix the null pointer in the login handler"
 TOKEN = "a-token-of-this-test-0123456789"
