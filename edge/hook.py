@@ -135,7 +135,7 @@ def _context(decision: Decision, own: Agent | None) -> dict[str, Any]:
     if decision.matched:
         sure += f", keywords: {', '.join(decision.matched)}"
     if own is None:
-        text = f"ruvltra takes this prompt for the work of a {decision.agent} ({sure})."
+        text = f'ruvltra takes this prompt for work of the kind "{decision.agent}" ({sure}).'
     else:
         text = (
             f'ruvltra suggests the sub-agent "{decision.agent}" for this prompt ({sure}). Use it, unless the user asks '
