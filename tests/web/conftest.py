@@ -31,7 +31,7 @@ LACKING = [
 ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def equipped() -> None:
     """Skipped where a browser is missing; `.ci/run`, which installs it, may not skip."""
     if LACKING:
@@ -68,7 +68,7 @@ def playground(*arguments: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def address() -> Iterator[str]:
+def address(equipped: None) -> Iterator[str]:
     yield from playground("--bundle", str(ROOT / "models" / "ruvltra-mini" / "bundle"))
 
 
