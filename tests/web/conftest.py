@@ -68,7 +68,7 @@ def playground(*arguments: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def address(equipped: None) -> Iterator[str]:
+def address(equipped: None) -> Iterator[str]:  # noqa: ARG001 (skips before anything starts)
     yield from playground("--bundle", str(ROOT / "models" / "ruvltra-mini" / "bundle"))
 
 
