@@ -87,7 +87,7 @@ def serving(*arguments: str, token: str | None = None) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     memory = str(tmp_path_factory.mktemp("serve") / "memory")
-    with serving("--memory", memory, "--max-body", "300000", "--head-timeout", "1", "--body-timeout", "1") as served:
+    with serving("--memory", memory, "--max-body", "300000", "--head-timeout", "2", "--body-timeout", "2") as served:
         yield served
 
 
