@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hmac
 import html
 import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -150,7 +152,14 @@ class App:
         name = os.urandom(8).hex()
         path = scope["path"] if scope["path"] in self._paths else "other"
         status = 0
+        more = True
         scope["state"] = {"texts": 0}
+
+        async def take() -> Message:
+            nonlocal more
+            message = await receive()
+            more = message.get("more_body", False)
+            return message
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -166,13 +175,15 @@ class App:
         try:
             try:
                 self._check(scope)
-                response = await self._endpoint(scope).handler(Request(scope, receive))
-                await response(scope, receive, answer)
+                response = await self._endpoint(scope).handler(Request(scope, take))
+                await response(scope, take, answer)
             except Exception as error:
                 if status:  # too late for another answer
                     raise
                 problem = self._problem(error)
-                await _json(error_document(problem), problem.status, _headers(problem))(scope, receive, answer)
+                if more and problem.status != 408:  # which has waited already
+                    await self._let_go(scope, take)
+                await _json(error_document(problem), problem.status, _headers(problem))(scope, take, answer)
         finally:
             self._at_work -= 1
             seconds = time.perf_counter() - started
@@ -198,7 +209,10 @@ class App:
             "ms": round(1000 * seconds, 2),
             "texts": scope["state"]["texts"],
         }
-        print(json.dumps(line), file=sys.stderr, flush=True)
+        try:
+            print(json.dumps(line), file=sys.stderr, flush=True)
+        except OSError:  # nobody reads it any more, which is no reason to fail
+            self._log = False
 
     def _check(self, scope: Scope) -> None:
         """Whether a request may come in."""
@@ -228,7 +242,10 @@ class App:
             return Problem(_GONE, "the client has gone. Send the request again.")
         if isinstance(error, EdgeError):
             return Problem(500, str(error))
-        print(f"ruvltra: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            # Where, and what kind; its words may quote a text.
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            print(f"ruvltra: {type(error).__name__} at {place.filename}:{place.lineno}", file=sys.stderr, flush=True)
         return Problem(500, "the server failed at this. Its log says more.")
 
     async def _body(self, request: Request, kind: type[B]) -> B:
@@ -243,27 +260,35 @@ class App:
             raise _invalid(error) from None
 
     async def _read(self, request: Request) -> bytes:
-        """A body. What is too large is let come in, and let go: else its sender would not read the answer."""
+        """A body."""
         most, seconds = self._limits.body, self._limits.seconds
-        too_large = Problem(413, f"the body has more than {most} bytes. Send less at a time.", code="too_large")
-        length = request.headers.get("content-length", "")
-        if length.isdecimal() and int(length[:18]) > _PATIENCE * most:
-            raise too_large
         parts, size = [], 0
         try:
             async with asyncio.timeout(seconds):
                 async for part in request.stream():
                     size += len(part)
-                    if size <= most:
-                        parts.append(part)
-                    elif size > _PATIENCE * most:
-                        break
+                    if size > most:
+                        raise Problem(
+                            413, f"the body has more than {most} bytes. Send less at a time.", code="too_large"
+                        )
+                    parts.append(part)
         except TimeoutError:
-            if size <= most:
-                raise Problem(408, f"the body did not come in within {seconds:g} seconds. Send it at once.") from None
-        if size > most:
-            raise too_large
+            raise Problem(408, f"the body did not come in within {seconds:g} seconds. Send it at once.") from None
         return b"".join(parts)
+
+    async def _let_go(self, scope: Scope, receive: Receive) -> None:
+        """Let the rest of a body come in, and forget it: a client that is still sending would not read the answer."""
+        headers = dict(scope["headers"])
+        most = _PATIENCE * self._limits.body
+        if b"expect" in headers or int(headers.get(b"content-length", b"0")[:18]) > most:
+            return  # it has not begun to send, or would take too long
+        size, more = 0, True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.seconds):
+                while more and size <= most:
+                    message = await receive()
+                    size += len(message.get("body", b""))
+                    more = message.get("more_body", False)
 
     def _texts(self, request: Request, given: str | list[str], param: str) -> list[str]:
         texts = [given] if isinstance(given, str) else given
@@ -332,6 +357,8 @@ class App:
         self._named(body.model)
         texts = self._texts(request, body.input, "input")
         strategy = body.strategy or self._router.strategy
+        if self._router.strategy == "generate" != strategy:
+            raise Problem(400, "this server decides by a language model alone. Leave strategy out.", "strategy")
         decided = await self._together(
             request, lambda task: self._router.decide(self._router.signals(task), strategy), texts
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http
 import json
 import socket
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from edge.serve.app import App, Problem, error_document
 
 _LINGER = 0.3  # seconds in which requests that are under way to an open connection still come in
 _END = 30.0  # seconds for what is being worked on when the signal comes
+_HEAD = 64 * 1024  # bytes of a request's head
 
 
 def run(app: App, listening: socket.socket, limits: Limits) -> None:
@@ -24,6 +26,7 @@ def run(app: App, listening: socket.socket, limits: Limits) -> None:
 
     class Protocol(_Connection):
         seconds = limits.head
+        patience = limits.seconds
         most = limits.connections
 
     config = uvicorn.Config(
@@ -92,15 +95,19 @@ class _Server(uvicorn.Server):
 
 
 class _Connection(HttpToolsProtocol):
-    """Refuses a connection too many, and closes one whose request does not come in."""
+    """Refuses a connection too many, and closes one whose request does not come in or whose answer is not read."""
 
     seconds: float
+    patience: float
     most: int
     _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
+    _head = 0  # bytes of a head that is not complete
     _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # to be told of whatever the client does not take
         if len(self.connections) > self.most:
             self._refuse(503, "there are too many connections. Come again later.")
             return
@@ -108,11 +115,43 @@ class _Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
+        self._taken()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._refused:
-            super().data_received(data)
+        if self._refused:
+            return
+        head = self._deadline
+        super().data_received(data)
+        self._head = self._head + len(data) if head is not None and head is self._deadline else 0
+        if self._head > _HEAD:
+            self._forget()
+            self._refuse(431, f"the head of the request has more than {_HEAD} bytes. Send fewer headers.")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._offer(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._taken()
+        super().resume_writing()
+
+    def _offer(self, size: int) -> None:
+        """Give the client time to take some of what is written, and again if it does."""
+        self._taken()
+        self._unread = self.loop.call_later(self.patience, self._look, size)
+
+    def _look(self, size: int) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left < size:
+            self._offer(left)
+        else:
+            self.transport.abort()
+
+    def _taken(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def on_message_begin(self) -> None:
         if self._deadline is None:
@@ -143,7 +182,7 @@ class _Connection(HttpToolsProtocol):
         if self.transport.is_closing() or self._refused:
             return
         self._refused = True
-        words = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}[status]
+        words = http.HTTPStatus(status).phrase
         body = json.dumps(error_document(Problem(status, message))).encode()
         head = f"HTTP/1.1 {status} {words}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)

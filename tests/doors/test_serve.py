@@ -259,10 +259,21 @@ HEAD = b"POST /v1/route HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"10000\r\n" + b"a" * 65536 + b"\r\n", b"408"),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + (b"10000\r\n" + b"a" * 65536 + b"\r\n") * 6, b"413"),
         (HEAD + b"Content-Length: 99999999999999999999\r\n\r\n", b"4"),
+        (b"GET / HTTP/1.1\r\n" + b"X-Many: of these\r\n" * 40_000, b"431"),
         (b"nonsense\r\n\r\n", b"400"),
         (b"\x16\x03\x01\x02\x00", b"400"),
     ],
-    ids=["silent", "slow head", "slow body", "slow chunks", "large chunks", "absurd length", "nonsense", "tls"],
+    ids=[
+        "silent",
+        "slow head",
+        "slow body",
+        "slow chunks",
+        "large chunks",
+        "absurd length",
+        "large head",
+        "nonsense",
+        "tls",
+    ],
 )
 def test_connections_that_do_not_behave(server: Served, data: bytes, status: bytes) -> None:
     answer = raw(server, data)
@@ -283,13 +294,54 @@ def test_a_trickle_is_cut_off(server: Served) -> None:
         assert time.monotonic() < started + 10
 
 
+def test_an_answer_that_nobody_reads_is_given_up() -> None:
+    body = json.dumps({"model": "ruvltra-mini", "input": ["a"] * 1000}).encode()  # its answer: 8 MB
+    with serving("--body-timeout", "1") as server, socket.socket() as connection:
+        files = Path(f"/proc/{server.process.pid}/fd")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(HEAD.replace(b"route", b"embeddings") + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        told = connection.recv(200)
+        assert told.startswith(b"HTTP/1.1 200")
+        length = int(re.findall(rb"content-length: (\d+)", told)[0])
+        held = len(list(files.iterdir()))
+        end = time.monotonic() + 20
+        while len(list(files.iterdir())) >= held and time.monotonic() < end:
+            time.sleep(0.05)
+        came = len(told)
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(1 << 20):
+                came += len(part)
+        assert came < length
+
+
+def test_a_log_that_nobody_reads_is_no_reason_to_fail() -> None:
+    command = [sys.executable, "-m", "edge.cli", "serve", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            port = int(process.stderr.readline().rpartition(":")[2])
+            process.stderr.close()
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            with contextlib.closing(connection):
+                for _ in range(4):  # over one connection
+                    connection.request("POST", "/v1/route", b'{"input": "a"}', {"Content-Type": "application/json"})
+                    answer = connection.getresponse()
+                    assert answer.read()
+                    assert answer.status == 200
+        finally:
+            process.terminate()
+
+
 def test_abuse_does_not_grow_the_server(server: Served) -> None:
+    chunk = b"10000\r\n" + b"a" * 65536 + b"\r\n"
+
     def abuse() -> None:
         for _ in range(6):
             server.ask("POST", "/v1/route", {"input": ["a"] * 10_000})
             server.ask("POST", "/v1/route", b"[" * 290_000)
             server.ask("POST", "/v1/embeddings", {"model": "ruvltra-mini", "input": "word " * 19_000})
-            raw(server, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + (b"10000\r\n" + b"a" * 65536 + b"\r\n") * 6)
+            raw(server, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 6 + b"0\r\n\r\n")
 
     abuse()
     before = server.memory()
@@ -348,6 +400,8 @@ def test_the_token() -> None:
                 assert status == 401
                 assert told["www-authenticate"] == "Bearer"
                 assert TOKEN not in json.dumps(said)
+        for _ in range(5):  # not a reset connection, though the client is still sending when it is known
+            assert server.ask("POST", "/v1/route", b"a" * 5_000_000)[0] == 401
         assert server.ask("GET", "/v1/models", Authorization=f"Bearer {TOKEN}")[0] == 200
         with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key=TOKEN, max_retries=0) as client:
             assert client.embeddings.create(model="ruvltra-mini", input="a").data
