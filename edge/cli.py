@@ -40,7 +40,12 @@ ABSTAINED = 3  # exit status of `ruvltra route` for a single text that nobody ta
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 error, 2 usage, 3 abstained)."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser(words[0] if words else None).parse_args(words)
+    try:
+        options = _parser(words[0] if words else None).parse_args(words)
+    except SystemExit:
+        if words[:2] != ["hook", "user-prompt-submit"]:
+            raise
+        return 0  # Claude Code withholds a prompt from the model where its hook ends with 2, the status of wrong usage
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", EdgeWarning)

@@ -49,6 +49,7 @@ class Encoder:
 
     Attributes:
         id: What it computes (:attr:`Bundle.encoder_id`): an index is bound to it.
+        bundle_id: Of the very bundle: another one may compute the same by a graph with other last bits.
         dim: Number of values of a vector.
         max_length: Tokens of the longest text; longer ones are cut.
         placement: What was chosen to run the model, why, and where its operations run; None for an
@@ -85,6 +86,7 @@ class Encoder:
         self._pool: ThreadPoolExecutor | None = None
         self._ones = np.ones((1, bundle.encoder.max_length), dtype=np.int64)  # masks: nothing is padded
         self.id = bundle.encoder_id
+        self.bundle_id = bundle.id
         self.dim = bundle.encoder.dim
         self.max_length = min(bundle.encoder.max_length, *lengths[-1:]) if lengths else bundle.encoder.max_length
         self._prompt = bundle.encoder.prompt

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -23,6 +24,7 @@ from edge.router import Decision, Router
 LOG = "RUVLTRA_HOOK_LOG"
 _LEAST = 0.5  # confidence: a suggestion that is as likely wrong as right is noise
 _MOST = 16 * 1024 * 1024  # bytes of standard input
+_COMMAND = re.compile(r"\s*/[^\s/]*(\s|$)")  # of Claude Code; "/etc/hosts is wrong" is none
 
 
 def fill(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +95,7 @@ def _decide(
     options: argparse.Namespace, prompt: str, request: dict[str, Any], said: dict[str, Any]
 ) -> tuple[Decision | None, dict[str, Agent | None]]:
     """The decision, None for what is no task; and by name the user's own agent, or None."""
-    if not prompt.strip() or prompt.lstrip().startswith("/"):  # a command of Claude Code's
+    if not prompt.strip() or _COMMAND.match(prompt):
         return None, {}
     if options.agents is not None:
         agents = load_agents(options.agents)
@@ -124,7 +126,8 @@ def _agents(folders: list[Path]) -> tuple[list[Agent], list[str]]:
 def _files(folders: list[Path]) -> Iterator[Path]:
     for folder in folders:
         try:
-            yield from sorted(path for path in folder.rglob("*.md") if path.name.lower() != "readme.md")
+            # Files alone: a link to a device or a pipe would never end.
+            yield from sorted(p for p in folder.rglob("*.md") if p.is_file() and p.name.lower() != "readme.md")
         except OSError:
             continue
 
@@ -168,7 +171,11 @@ def _change(options: argparse.Namespace) -> int:
     if not options.yes:
         if sys.stdin is None or not sys.stdin.isatty():
             raise InputError(f"{change.path}: is not changed, as nobody can be asked. Give --yes.")
-        if input("Make this change? [y/N] ").strip().lower() not in ("y", "yes"):
+        try:
+            agreed = input("Make this change? [y/N] ").strip().lower() in ("y", "yes")
+        except EOFError:
+            agreed = False
+        if not agreed:
             print("Nothing was changed.")
             return 1
     change.make()
@@ -181,7 +188,8 @@ def _command() -> str:
     from edge.settings import VERB
 
     script = Path(sys.executable).with_name("ruvltra.exe" if sys.platform == "win32" else "ruvltra")
-    words = [str(script)] if script.is_file() else [sys.executable, "-m", "edge.cli"]
+    # -P: what lies in the project that Claude Code works on is no module to import.
+    words = [str(script)] if script.is_file() else [sys.executable, "-P", "-m", "edge.cli"]
     if sys.platform == "win32":
         return " ".join(f'"{word}"' if " " in word else word for word in words) + f" {VERB}"
     return f"{shlex.join(words)} {VERB}"

@@ -1,6 +1,7 @@
 """Prototypes of agents, made of what they say of themselves, and kept from one process to the next.
 
-They are kept in the user's cache folder, in a file for each encoder: a row an agent, by a hash of what it is made of.
+They are kept in the user's cache folder, in a file for each encoder (a bundle and what runs it, as its last bits differ
+with all of that): a row an agent, by a hash of what it is made of.
 It is a cache and no more: a file that is broken, cannot be read or cannot be written changes nothing but the time.
 """
 
@@ -10,18 +11,21 @@ import contextlib
 import hashlib
 import io
 import itertools
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge.agents import Agent
-from edge.device import cache_folder
+from edge.device import cache_folder, cpu_features
 from edge.encoder import Encoder
 
 _MOST = 4096  # agents that are kept, unless a single router has more
+_FILES = 8  # encoders of which some are kept: after an update of the bundle or of ONNX Runtime there is one more
 _LENGTH = 1e-3  # that a row's length may differ from 1
 
 
@@ -38,9 +42,9 @@ def prototypes(encoder: Encoder, agents: Sequence[Agent]) -> NDArray[np.float32]
     if encoder.placement is None:  # put together by hand: nobody knows what it is
         return _made(encoder, agents)
     chosen = encoder.placement.candidate
-    ways = f"{encoder.id} {chosen.variant} {chosen.provider} {chosen.hardware} {sorted(chosen.options.items())}"
+    ways = f"{encoder.bundle_id} {chosen} {sorted(chosen.options.items())} {ort.__version__} {sorted(cpu_features())}"
     path = cache_folder() / "prototypes" / f"{hashlib.sha256(ways.encode()).hexdigest()[:32]}.npy"
-    keys = [hashlib.sha256("\0".join(_texts(agent)).encode("utf-8", "surrogatepass")).digest() for agent in agents]
+    keys = [hashlib.sha256(json.dumps(_texts(agent)).encode()).digest() for agent in agents]
     kept = _kept(path, encoder.dim)
     lacking = [place for place, key in enumerate(keys) if key not in kept]
     if lacking:
@@ -96,6 +100,8 @@ def _keep(path: Path, rows: dict[bytes, NDArray[np.float32]]) -> None:
     with _partial(path) as partial:
         partial.write_bytes(hashlib.sha256(data).digest() + data)
         partial.replace(path)
+    for old in sorted(path.parent.iterdir(), key=lambda other: other.stat().st_mtime, reverse=True)[_FILES:]:
+        old.unlink()
 
 
 @contextlib.contextmanager

@@ -66,11 +66,12 @@ def installed(text: str, command: str) -> str:
     root = _scan(text)
     for group in _groups(text, root):
         for handler, stated in _handlers(text, group):
-            if stated != command:  # the program has moved
-                place = _member(handler, "command")
-                assert place is not None
-                return text[: place.start] + json.dumps(command) + text[place.end :]
-            return text
+            if re.search(rf"(?<!\S){re.escape(command)}(?!\S)", stated):  # and more of the user's, perhaps
+                return text
+            place, ours = _member(handler, "command"), _OURS.search(stated)  # the program has moved
+            assert place is not None
+            assert ours is not None
+            return text[: place.start] + json.dumps(command + stated[ours.end() :]) + text[place.end :]
     hooks = _member(root, "hooks")
     if hooks is None:
         return _inserted(text, root, {EVENT: [_entry(command)]}, "hooks")
@@ -304,11 +305,11 @@ class Edit(NamedTuple):
             partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
             try:
                 with partial.open("wb") as stream:
+                    if self.before is not None:  # before there is anything to read: settings may hold keys
+                        partial.chmod(stat.S_IMODE(self.path.stat().st_mode))
                     stream.write(self.after.encode())
                     stream.flush()
                     os.fsync(stream.fileno())
-                if self.before is not None:
-                    partial.chmod(stat.S_IMODE(self.path.stat().st_mode))
                 partial.replace(self.path)
             finally:
                 with contextlib.suppress(OSError):
@@ -327,7 +328,10 @@ def edit(path: Path, command: str | None) -> Edit:
     Raises:
         InputError: The file cannot be read, or is not what Claude Code reads.
     """
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError) as error:  # links that lead back to themselves
+        raise InputError(f"{path}: cannot be followed ({error}). Check the link.") from None
     before = _read(path)
     if before is not None and not before.strip("\ufeff \t\r\n"):
         raise InputError(f"{path}: is empty. Delete it, or write {{}} into it.")

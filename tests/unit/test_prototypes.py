@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from edge import Agent, Bundle, Encoder, Router
 from edge import prototypes as module
+from edge.bundle import MANIFEST, MANIFEST_DIGEST, manifest_digest
 from edge.device import cache_folder
 from edge.prototypes import prototypes
 
@@ -87,6 +90,35 @@ def test_older_ones_go_when_there_are_too_many(encoder: Encoder, monkeypatch: py
     prototypes(encoder, [Agent("other", "Something else.")])
     assert calls == []
     assert len(module._kept(kept(), encoder.dim)) == 3
+
+
+def test_texts_do_not_run_into_each_other(encoder: Encoder) -> None:
+    rows = prototypes(encoder, [Agent("a", examples=("one", "two")), Agent("b", examples=("one\0two",))])
+    assert not (rows[0] == rows[1]).all()
+
+
+def test_a_bundle_with_another_graph_does_not_share(bundle: Bundle, tmp_path: Path) -> None:
+    """Tokenizer and goldens, which the encoder's id is of, are the same; the vectors' last bits need not be."""
+    shutil.copytree(bundle.path, tmp_path / "bundle")
+    manifest = tmp_path / "bundle" / MANIFEST
+    manifest.write_bytes(manifest.read_bytes() + b"\n")
+    (tmp_path / "bundle" / MANIFEST_DIGEST).write_bytes(manifest_digest(manifest.read_bytes()))
+    for opened in (bundle, Bundle.open(tmp_path / "bundle")):
+        assert opened.encoder_id == bundle.encoder_id
+        prototypes(Encoder.load(opened), AGENTS)
+    assert len(list((cache_folder() / "prototypes").iterdir())) == 2
+
+
+def test_files_of_encoders_that_are_gone_go(encoder: Encoder) -> None:
+    folder = cache_folder() / "prototypes"
+    folder.mkdir(parents=True)
+    for number in range(module._FILES + 3):
+        (folder / f"{number}.npy").touch()
+        os.utime(folder / f"{number}.npy", (number, number))
+    prototypes(encoder, AGENTS)
+    names = {path.name for path in folder.iterdir()}
+    assert len(names) == module._FILES
+    assert "0.npy" not in names
 
 
 def test_encoders_do_not_share(encoder: Encoder, bundle: Bundle) -> None:

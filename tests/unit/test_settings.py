@@ -104,7 +104,25 @@ def test_a_program_that_has_moved_is_found() -> None:
     moved = installed(text, COMMAND)
     assert moved == text.replace("'/old place/ruvltra' hook user-prompt-submit", COMMAND)
     assert uninstalled(moved) == '{"model": "x"}'
+    assert installed(installed("{}", f"/old{COMMAND}"), COMMAND) == installed("{}", COMMAND)
     assert uninstalled(installed("{}", "/usr/bin/python3 -m edge.cli hook user-prompt-submit")) == "{}"
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_options_that_the_user_gave_it_stay(moved: bool) -> None:
+    theirs = installed("{}", COMMAND).replace("submit", "submit --agents team.toml")
+    if moved:
+        theirs = theirs.replace("/opt/venv", "/old")
+    again = installed(theirs, COMMAND)
+    assert f"{COMMAND} --agents team.toml" in again
+    assert installed(again, COMMAND) == again
+    assert uninstalled(again) == "{}"
+
+
+def test_a_link_that_leads_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").symlink_to("settings.json")
+    with pytest.raises(InputError, match="cannot be"):
+        edit(tmp_path / "settings.json", COMMAND)
 
 
 def test_what_somebody_added_beside_it_stays() -> None:
