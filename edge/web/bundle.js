@@ -6,6 +6,8 @@ const AGAIN = "Copy the bundle again.";
 
 const hex = (bytes) => [...new Uint8Array(bytes)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 
+const inside = (file) => /^[^/\\:\0][^\\:\0]*$/.test(file) && !file.split("/").includes("..");
+
 async function digest(bytes) {
   if (!globalThis.crypto?.subtle) {
     throw new EdgeError("this page may not compute hashes. Open it by https, or from localhost.");
@@ -73,6 +75,9 @@ export class Bundle {
 
   /** The bytes of a file that the manifest lists, checked. */
   async read(listed) {
+    if (!inside(listed.file)) {
+      throw new EdgeError(`bundle.json: ${JSON.stringify(listed.file)} is not a path inside the bundle. ${AGAIN}`);
+    }
     const bytes = await this._read(listed.file, (count) => this._tell(listed, count));
     this._tell(listed, bytes.length);
     if (bytes.length !== listed.bytes || (await digest(bytes)) !== listed.sha256) {

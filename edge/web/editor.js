@@ -11,6 +11,8 @@ const FIRST = [
   { name: "frontend", description: "React components, CSS, layout, accessibility of pages.", keywords: [], examples: [] },
 ];
 const lines = (text, separator) => text.split(separator).map((part) => part.trim()).filter(Boolean);
+const editable = (agent) =>
+  typeof agent?.name === "string" && ["keywords", "examples"].every((field) => Array.isArray(agent[field] ?? []));
 
 export class AgentEditor {
   /** @param {HTMLElement} root @param {() => void} changed Called when an agent has been changed. */
@@ -36,7 +38,7 @@ export class AgentEditor {
   _kept() {
     try {
       const kept = JSON.parse(localStorage.getItem(KEPT));
-      return Array.isArray(kept) && kept.length ? kept : null;
+      return Array.isArray(kept) && kept.length && kept.every(editable) ? kept : null;
     } catch {
       return null; // storage that is switched off, or somebody else's
     }

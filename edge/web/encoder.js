@@ -1,7 +1,11 @@
 /** Texts to token ids to unit vectors; what edge/encoder.py does. */
 import { EdgeError } from "./errors.js";
 
+// Left out in edge/session.py too: ONNX Runtime's fused norm takes longer, and its sums round differently.
+const NOT_FUSED = { optimization: { disable_specified_optimizers: "SkipLayerNormFusion" } };
 const LENGTH_TOLERANCE = 1e-3; // of a unit vector's length
+// Ideographs beyond the first 65,536 characters: the library looks at their halves, and does not set them apart.
+const RARE_IDEOGRAPHS = /[\u{20000}-\u{2a6df}\u{2a700}-\u{2b81f}\u{2b920}-\u{2ceaf}\u{2f800}-\u{2fa1f}]/gu;
 
 export class Encoder {
   /**
@@ -18,7 +22,13 @@ export class Encoder {
       bundle.read(chosen),
       chosen.weights ? bundle.read(chosen.weights) : Promise.resolve(null),
     ]);
-    const options = { intraOpNumThreads: 1, interOpNumThreads: 1, graphOptimizationLevel: "all", logSeverityLevel: 3 };
+    const options = {
+      intraOpNumThreads: 1,
+      interOpNumThreads: 1,
+      graphOptimizationLevel: "all",
+      logSeverityLevel: 3,
+      extra: NOT_FUSED,
+    };
     if (weights) options.externalData = [{ path: chosen.weights.file.split("/").pop(), data: weights }];
     if (providers) options.executionProviders = providers;
     let session;
@@ -39,10 +49,10 @@ export class Encoder {
     this._tokenizer = tokenizer;
     this._session = session;
     this._last = Promise.resolve();
+    const normalizers = [bundle.tokenizer.normalizer, ...(bundle.tokenizer.normalizer?.normalizers ?? [])];
     // The library lowers whole texts, where a sigma that ends a word has another form; Python's lowers characters.
-    this._lowers = [bundle.tokenizer.normalizer, ...(bundle.tokenizer.normalizer?.normalizers ?? [])].some(
-      (step) => step?.lowercase || step?.type === "Lowercase",
-    );
+    this._lowers = normalizers.some((step) => step?.lowercase || step?.type === "Lowercase");
+    this._setsApart = normalizers.some((step) => step?.handle_chinese_chars);
     // The special tokens at either end: what is around a text's own tokens.
     const own = tokenizer.encode("a", { add_special_tokens: false }).ids;
     const all = tokenizer.encode("a").ids;
@@ -67,7 +77,8 @@ export class Encoder {
   }
 
   _own(text) {
-    const plain = this._lowers ? text.replaceAll("Σ", "σ") : text;
+    let plain = this._lowers ? text.replaceAll("Σ", "σ") : text;
+    if (this._setsApart) plain = plain.replace(RARE_IDEOGRAPHS, " $& ");
     return this._tokenizer.encode(plain, { add_special_tokens: false }).ids;
   }
 

@@ -27,11 +27,13 @@ export const openBundle = (folder) =>
   });
 
 export const Encoder = {
-  /** @param {string} folder Of the bundle. @param {object} [options] As for `Encoder.load` of encoder.js. */
-  load: async (folder, options) => AnyEncoder.load(await openBundle(folder), runtime, options),
+  /** @param {string|Bundle} bundle Its folder, or opened. @param {object} [options] As for `Encoder.load` of encoder.js. */
+  load: async (bundle, options) => AnyEncoder.load(await opened(bundle), runtime, options),
 };
 
 export const Router = {
-  /** @param {string} folder Of the bundle. @param {object} [options] As for `Router.load` of router.js. */
-  load: async (folder, options) => AnyRouter.load(await openBundle(folder), runtime, options),
+  /** @param {string|Bundle} bundle Its folder, or opened. @param {object} [options] As for `Router.load` of router.js. */
+  load: async (bundle, options) => AnyRouter.load(await opened(bundle), runtime, options),
 };
+
+const opened = (bundle) => (typeof bundle === "string" ? openBundle(bundle) : bundle);

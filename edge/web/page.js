@@ -13,15 +13,17 @@ const EXAMPLES = [
   "which sourdough recipe needs no starter?",
 ];
 const PAUSE = 60; // milliseconds without a key before a task is routed
-const ROUNDS = 5; // of the goldens that WebGPU is measured by
+const ROUNDS = 5; // of the goldens that WebGPU is timed by,
+const TIMED = 4; // and how many those are
 const HALF_PRECISION = 0.999; // what a cosine may fall to on hardware that computes in it
 const $ = (id) => document.getElementById(id);
 const seconds = (milliseconds) => `${(milliseconds / 1000).toFixed(milliseconds < 1000 ? 2 : 1)} s`;
 
 const began = performance.now();
 const map = new AgentMap($("map"));
-let bundle, encoder, router, editor, builtIn;
+let bundle, encoder, router, editor, builtIn, ready;
 let turn = 0; // of what is being decided: an older answer does not overwrite a newer one
+let loading = 0; // the same of routers
 
 const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`)?.value;
 
@@ -43,7 +45,7 @@ function radios(fieldset, name, values, checked) {
 
 /** A task's text with the keywords that spoke for the agent marked. */
 function marked(task, phrases) {
-  const parts = phrases.map((phrase) => phrase.replace(/[\\^$.*+?()[\]{}|\-/]/g, "\\$&").replace(/ /g, "\\s+"));
+  const parts = phrases.map((phrase) => phrase.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&").replace(/ /g, "\\s+"));
   if (!parts.length) return [task];
   const found = new RegExp(`(?<!${WORD})(?:${parts.sort((a, b) => b.length - a.length).join("|")})(?!${WORD})`, "giu");
   const pieces = [];
@@ -96,10 +98,8 @@ function show(task, decision, signals, milliseconds) {
 }
 
 function clear() {
-  $("agent").textContent = "…";
-  $("agent").classList.add("nobody");
-  $("why").textContent = "Type a task, or choose an example.";
-  $("marked").replaceChildren();
+  $("error").hidden = true;
+  blank("Type a task, or choose an example.");
   $("ranking").replaceChildren(...router.agents.map(({ name }) => {
     const row = bar(name);
     row.querySelector("rect").setAttribute("width", "0");
@@ -109,15 +109,25 @@ function clear() {
   map.move(null, 0);
 }
 
+/** No decision; what is asked for instead. */
+function blank(why) {
+  $("agent").textContent = "…";
+  $("agent").classList.add("nobody");
+  $("why").textContent = why;
+  $("marked").replaceChildren();
+  $("ranking").replaceChildren();
+}
+
 async function decide() {
   if (!router) return;
+  const asked = router; // another one may come while this one thinks
   const mine = ++turn;
   const task = $("task").value;
   try {
     if (!task.trim()) return clear();
     const start = performance.now();
-    const signals = await router.signals(task);
-    const decision = router.decide(signals, chosen("strategy"));
+    const signals = await asked.signals(task);
+    const decision = asked.decide(signals, chosen("strategy"));
     const milliseconds = performance.now() - start;
     if (mine !== turn) return;
     show(task, decision, signals, milliseconds);
@@ -128,15 +138,19 @@ async function decide() {
 }
 
 async function use(agents) {
-  const mine = ++turn;
+  const mine = ++loading;
   try {
     const made = agents ? await Router.load(bundle, { agents, encoder }) : (builtIn ??= await Router.load(bundle, { encoder }));
-    if (mine !== turn) return;
+    if (mine !== loading) return;
     router = made;
     rows.clear();
     map.show(router.agents.map(({ name }) => name), router.prototypes);
     await decide();
   } catch (error) {
+    if (mine !== loading) return;
+    router = null; // nothing is decided by other agents than those that are shown
+    turn++;
+    blank("");
     fail(error);
   }
 }
@@ -147,22 +161,38 @@ function agentsChanged() {
   return use(own ? editor.agents : null);
 }
 
-async function load(variant) {
-  encoder = await Encoder.load(bundle, { variant });
+/** Take another encoder, and say which. */
+async function run(other, where) {
+  encoder = other;
   builtIn = null;
   await agentsChanged();
+  const { name, version } = bundle.manifest;
+  const { id, bytes, weights } = encoder.variant;
+  const size = ((bytes + (weights?.bytes ?? 0)) / 1e6).toFixed(0);
+  $("status").textContent = `${name} ${version}, ${id}, ${size} MB, in ${where}; ready in ${ready}`;
 }
 
-/** Median milliseconds of an encoder for some golden texts, and its lowest cosine to their vectors. */
+async function load(variant) {
+  const other = await Encoder.load(bundle, { variant });
+  ready ??= seconds(performance.now() - began);
+  await run(other, "WebAssembly");
+  $("measure").disabled = false;
+  $("measure").textContent = "measure WebGPU";
+}
+
+/** Median milliseconds of an encoder for a few golden texts, and its lowest cosine to the vectors of all. */
 async function measured(tried, goldens) {
   const times = [];
   let cosine = 1;
+  for (const { text, vector } of goldens) {
+    const made = await tried.encodeTokens(tried.tokenize(text));
+    cosine = Math.min(cosine, made.reduce((sum, value, place) => sum + value * vector[place], 0));
+  }
   for (let round = 0; round < ROUNDS; round++) {
-    for (const { text, vector } of goldens) {
+    for (const { text } of goldens.slice(0, TIMED)) {
       const start = performance.now();
-      const made = await tried.encodeTokens(tried.tokenize(text));
+      await tried.encodeTokens(tried.tokenize(text));
       times.push(performance.now() - start);
-      cosine = Math.min(cosine, made.reduce((sum, value, place) => sum + value * vector[place], 0));
     }
   }
   return { milliseconds: times.sort((a, b) => a - b)[times.length >> 1], cosine };
@@ -174,18 +204,14 @@ async function measureWebgpu() {
   $("measure").textContent = "measuring …";
   let outcome;
   try {
-    const goldens = (await bundle.goldens()).slice(0, 4);
+    const goldens = await bundle.goldens();
     const here = await measured(encoder, goldens);
     const { id } = encoder.variant;
     const tried = await Encoder.load(bundle, { variant: id, providers: ["webgpu"] });
     const there = await measured(tried, goldens);
     const right = there.cosine >= Math.min(encoder.variant.minimum_cosine, HALF_PRECISION);
     const wins = right && there.milliseconds < here.milliseconds;
-    if (wins) {
-      encoder = tried;
-      builtIn = null;
-      await agentsChanged();
-    }
+    if (wins) await run(tried, "WebGPU");
     const times = `${there.milliseconds.toFixed(1)} ms, WebAssembly ${here.milliseconds.toFixed(1)} ms`;
     outcome = right ? `WebGPU: ${times}; ${wins ? "WebGPU" : "WebAssembly"} is used` : "WebGPU gives wrong vectors; WebAssembly is used";
   } catch (error) {
@@ -222,16 +248,13 @@ $("copy").addEventListener("click", () => navigator.clipboard.writeText(JSON.str
 
 try {
   bundle = await openBundle("bundle/", (done, total) => ($("loading").value = done / total));
-  const { name, version, variants } = bundle.manifest;
-  const ids = variants.filter((variant) => variant.runtime === "onnx").map((variant) => variant.id);
+  const ids = bundle.manifest.variants.filter((variant) => variant.runtime === "onnx").map((variant) => variant.id);
   if (ids.length > 1) {
     radios($("variants"), "variant", ids, bundle.variant().id);
     $("variants").hidden = false;
     $("variants").addEventListener("change", () => load(chosen("variant")).catch(fail));
   }
   await load();
-  const bytes = (bundle.variant().bytes + (bundle.variant().weights?.bytes ?? 0)) / 1e6;
-  $("status").textContent = `${name} ${version}, ${encoder.variant.id}, ${bytes.toFixed(0)} MB, in WebAssembly; ready in ${seconds(performance.now() - began)}`;
   $("map-note").textContent =
     "Agents by their distances, drawn in two of many dimensions as nearly as can be; the task stands where it is pulled. The bars are what counts.";
   $("loading").classList.add("done");

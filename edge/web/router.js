@@ -8,6 +8,7 @@ export const STRATEGIES = ["keyword", "keyword-first", "embedding", "hybrid"];
 const MAX_CHARACTERS = 8192; // a task is cut here before anything looks at it
 const FIELDS = ["name", "description", "keywords", "negatives", "examples", "priority"];
 const LISTS = ["keywords", "negatives", "examples"];
+const PRINTABLE = /^(?:[^\p{C}\p{Z}]| )+$/u; // str.isprintable
 
 const dot = (a, b) => {
   let sum = 0;
@@ -26,6 +27,7 @@ export function checkAgents(agents) {
     if (!name) throw new EdgeError("an agent has no name. Give it a unique, non-empty name.");
     const said = `agent ${JSON.stringify(name)}`;
     if (name === "none") throw new EdgeError('the name "none" stands for no agent. Rename the agent.');
+    if (!PRINTABLE.test(name)) throw new EdgeError(`${said} has characters that cannot be printed. Rename it.`);
     if (names.has(name)) throw new EdgeError(`${said} occurs twice. Rename one.`);
     names.add(name);
     for (const key of Object.keys(agent)) {
@@ -33,11 +35,14 @@ export function checkAgents(agents) {
     }
     for (const key of LISTS) {
       const value = agent[key] ?? [];
-      if (!Array.isArray(value) || !value.every((item) => typeof item === "string" && item.trim())) {
+      if (!Array.isArray(value) || !value.every((item) => typeof item === "string" && trimStart(item))) {
         throw new EdgeError(`${said}: ${key} must be a list of non-empty texts. Correct it.`);
       }
     }
     if (!Number.isInteger(agent.priority ?? 0)) throw new EdgeError(`${said}: priority must be an integer. Correct it.`);
+    if (typeof (agent.description ?? "") !== "string") {
+      throw new EdgeError(`${said}: description must be a text. Put it in quotes.`);
+    }
     if (!agent.description?.trim() && !agent.examples?.length) {
       throw new EdgeError(`${said} has neither description nor examples. Add a description: tasks are compared with it.`);
     }
@@ -72,18 +77,20 @@ export class Router {
    * @param {{ort: object, Tokenizer: Function}} runtime
    * @param {object} [options]
    * @param {object[]} [options.agents] Agents of your own, with the fields of the JSON files.
-   * @param {string} [options.strategy] One of `STRATEGIES`.
+   * @param {string} [options.strategy] One of `STRATEGIES`; `keyword` needs no model, and none is loaded.
    * @param {string} [options.variant] Id of a variant.
    * @param {string[]} [options.providers] ONNX Runtime's.
    * @param {Encoder} [options.encoder] One that is loaded already, of the same bundle.
    */
   static async load(bundle, runtime, { agents, strategy = "hybrid", variant, providers, encoder } = {}) {
+    checkStrategy(strategy);
     const own = agents && checkAgents(agents);
-    const loaded = encoder ?? (await Encoder.load(bundle, runtime, { variant, providers }));
     const head = own ? null : bundle.head;
-    const rows = head ? head.prototypes : await prototypes(loaded, own ?? bundle.agents);
-    const calibration = loaded.variant.calibration[head ? "trained" : "custom"];
-    return new Router(own ?? bundle.agents, calibration, loaded, rows, head, strategy);
+    const plain = strategy === "keyword" && !encoder;
+    const loaded = plain ? null : (encoder ?? (await Encoder.load(bundle, runtime, { variant, providers })));
+    const { calibration } = loaded?.variant ?? bundle.variant(variant);
+    const rows = loaded && (head ? head.prototypes : await prototypes(loaded, own ?? bundle.agents));
+    return new Router(own ?? bundle.agents, calibration[head ? "trained" : "custom"], loaded, rows, head, strategy);
   }
 
   constructor(agents, calibration, encoder, rows, head, strategy) {
@@ -100,7 +107,7 @@ export class Router {
    * Decide which agent takes a task.
    *
    * @param {string} task
-   * @param {string} [strategy] Another than the router's.
+   * @param {string} [strategy] Another than the router's; one that was loaded for `keyword` has no model for others.
    * @returns {Promise<object>} What `ruvltra route --json` prints of a decision.
    */
   async route(task, strategy = this.strategy) {
@@ -121,6 +128,9 @@ export class Router {
     const [start, longer] = cut(trimStart(task), MAX_CHARACTERS);
     const text = start.toWellFormed();
     const matches = this._rules.match(text);
+    if (!this.encoder) {
+      return { matches, cosine: null, evidence: null, outOfScope: null, truncated: longer, empty: !hasContent(text) };
+    }
     const tokens = this.encoder.tokenize(text);
     const vector = await this.encoder.encodeTokens(tokens);
     const cosine = this.prototypes.map((rows) => Math.max(...rows.map((row) => dot(row, vector))));
@@ -134,20 +144,21 @@ export class Router {
       outOfScope = dot(this._head.out_of_scope, vector);
     }
     const truncated = longer || tokens.truncated;
-    return { matches, cosine, evidence, outOfScope, truncated, empty: tokens.empty, content: hasContent(text), vector };
+    return { matches, cosine, evidence, outOfScope, truncated, empty: tokens.empty, vector };
   }
 
   /** Weigh signals by a strategy. */
   decide(signals, strategy = this.strategy) {
     checkStrategy(strategy);
-    const { matches } = signals;
-    const plain = strategy === "keyword";
+    if (!signals.cosine && strategy !== "keyword") {
+      throw new EdgeError(`the strategy "${strategy}" needs an encoder. Load the router with it.`);
+    }
+    const { matches, empty } = signals;
     let method = strategy;
     if (strategy === "keyword-first") method = matches.first.length ? "keyword" : "embedding";
-    const empty = plain ? !signals.content : signals.empty;
-    const cosine = plain ? null : signals.cosine;
+    const cosine = strategy === "keyword" ? null : signals.cosine;
     const calibration = this.calibration[method];
-    const shares = probabilities({ ...signals, evidence: plain ? null : signals.evidence }, calibration);
+    const shares = probabilities(signals, calibration);
     const order = shares.map((_, place) => place);
     order.sort((a, b) => shares[b] - shares[a] || a - b);
     if (method === "keyword") {

@@ -86,6 +86,49 @@ const scripts = {
     if (wanted.second) await page.screenshot({ path: wanted.second, fullPage: true });
     return said;
   },
+  /** What is marked in each task, and who is first in the ranking that is shown with it. */
+  marks: async () => {
+    const rows = [];
+    for (const task of wanted.tasks) {
+      const before = await page.evaluate(() => Number(document.body.dataset.decided));
+      await page.fill("#task", task);
+      await page.waitForFunction((turn) => Number(document.body.dataset.decided) > turn || !document.querySelector("#error").hidden, before);
+      rows.push({
+        marked: await page.$$eval("mark", (marks) => marks.map((mark) => mark.textContent)),
+        agent: await page.textContent("#agent"),
+        first: await page.textContent("#ranking .name"),
+        error: await page.locator("#error").isVisible(),
+      });
+    }
+    return rows;
+  },
+  /** What is said while an agent of one's own has no name, while a task is typed, and once it has one. */
+  nameless: async () => {
+    const said = () => page.evaluate(() => ["#error", "#agent"].map((id) => document.querySelector(id).hidden ? "" : document.querySelector(id).textContent));
+    await page.check('input[name="set"][value="own"]', { force: true });
+    await page.click("#add");
+    const form = page.locator(".own").last();
+    await form.locator("textarea").nth(0).fill("Plants, hedges, lawns and compost in the garden.");
+    await page.waitForFunction(() => !document.querySelector("#error").hidden);
+    const at = await said();
+    await page.fill("#task", "water the tomatoes and trim the hedge");
+    await page.waitForTimeout(300); // longer than the page waits before it decides
+    const typed = await said();
+    await form.locator("input").nth(0).fill("gardener");
+    await page.waitForFunction(() => document.querySelector("#agent").textContent === "gardener");
+    return [at, typed, await said()];
+  },
+  /** Who takes a task where the storage holds something that is no list of agents. */
+  kept: async () => {
+    const seen = [];
+    for (const kept of wanted.kept) {
+      await page.evaluate((text) => localStorage.setItem("ruvltra-agents", text), kept);
+      await page.reload();
+      await page.waitForFunction(() => document.body.dataset.first);
+      seen.push(await page.textContent("#agent"));
+    }
+    return seen;
+  },
   /** What comes of measuring WebGPU. */
   webgpu: async () => {
     await page.click("#measure");
