@@ -93,10 +93,7 @@ def main() -> int:
     lock = json.loads((record.ROOT / "edge" / "web" / "package-lock.json").read_text("utf-8"))["packages"]
     packages |= {name: lock[f"node_modules/{name}"]["version"] for name in ("onnxruntime-web", "onnxruntime-node")}
     notes = [f"the first decision may take {LIMIT} ms", "ratios are to: Python"]
-    result = record.document("browser", rows, quick=options.quick, packages=packages, notes=notes)
-    print(record.show(result))
-    if options.json:
-        record.save(options.json, result)
+    record.finish("browser", rows, options, packages, notes)
     return 0
 
 

@@ -95,10 +95,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the rows there too")
     options = parser.parse_args()
     rows = measure(7 if options.quick else 40)
-    result = record.document("hook", rows, quick=options.quick, packages={}, notes=[f"ratios are to: {IMPORTS}"])
-    print(record.show(result))
-    if options.json:
-        record.save(options.json, result)
+    record.finish("hook", rows, options, {}, [f"ratios are to: {IMPORTS}"])
     return 0
 
 

@@ -11,6 +11,7 @@ machines, or two days, can be compared by. ``low`` and ``high`` are quartiles of
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -147,6 +148,16 @@ def show(result: dict[str, Any]) -> str:
         value = f"{row['value']:g} {row['unit']}{spread}"
         lines.append(f"  {row['subject']:<52} {row['measure']:<11} {value:<32}{ratio}  n = {row['n']}")
     return "\n".join(lines)
+
+
+def finish(
+    question: str, rows: Sequence[Row], options: argparse.Namespace, packages: dict[str, str], notes: Any
+) -> None:
+    """Print a result, and write it where ``--json`` says."""
+    result = document(question, rows, quick=options.quick, packages=packages, notes=notes)
+    print(show(result))
+    if options.json:
+        save(options.json, result)
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> tuple[list[str], int]:

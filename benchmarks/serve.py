@@ -10,6 +10,7 @@ memory; then the three ways in turn, round by round. Ratios are to one text afte
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import json
 import os
@@ -51,7 +52,6 @@ def pool(port: int) -> None:
     from starlette.routing import Route
 
     from edge import Router
-    from edge.serve.app import _base64, _decision
 
     router = Router.load()
     assert router.encoder is not None
@@ -59,11 +59,11 @@ def pool(port: int) -> None:
 
     async def route(request: Request) -> Response:
         decision = await run_in_threadpool(router.route, (await request.json())["input"])
-        return JSONResponse({"object": "list", "data": [_decision(0, decision, 3)], "model": "ruvltra-mini"})
+        return JSONResponse({"object": "list", "data": [{"index": 0} | decision.document(3)], "model": "ruvltra-mini"})
 
     async def embed(request: Request) -> Response:
         vector = (await run_in_threadpool(encoder.encode, [(await request.json())["input"]]))[0]
-        return JSONResponse({"object": "list", "data": [{"index": 0, "embedding": _base64(vector)}]})
+        return JSONResponse({"object": "list", "data": [{"index": 0, "embedding": base64.b64encode(vector).decode()}]})
 
     routes = [Route("/v1/route", route, methods=["POST"]), Route("/v1/embeddings", embed, methods=["POST"])]
     uvicorn.run(Starlette(routes=routes), port=port, log_level="error", access_log=False, http="httptools", ws="none")
@@ -183,10 +183,7 @@ def main() -> int:
     rows = measure(10 if options.quick else options.seconds, 3 if options.quick else 7)
     packages = record.versions(("starlette", "uvicorn", "httptools", "uvloop"))
     notes: list[Any] = [f"ratios are to: {WAYS[1]}"]
-    result = record.document("serve", rows, quick=options.quick, packages=packages, notes=notes)
-    print(record.show(result))
-    if options.json:
-        record.save(options.json, result)
+    record.finish("serve", rows, options, packages, notes)
     return 0
 
 

@@ -22,9 +22,8 @@ def on_files(files: Files, config: Any) -> Files:
         for target in LINK.findall(Path(page.abs_src_path or "").read_text("utf-8")):
             path = ROOT / "docs" / target
             if path.is_file() and path.suffix == ".md":
-                content = LINK.sub(lambda found: f"](https:{found.group(1)}", path.read_text("utf-8"))
                 # What such a page links to in turn is not in the site.
-                content = re.sub(r"\[([^\]]*)\]\((?!https?://|#)[^)]*\)", r"\1", content)
+                content = re.sub(r"!?\[([^\]]*)\]\((?!https?://|#)[^)]*\)", r"\1", path.read_text("utf-8"))
             elif path.is_file():
                 content = f"# {path.name}\n\n```text\n{path.read_text('utf-8')}```\n"
             else:

@@ -24,6 +24,7 @@ from edge.choice import LIMIT, USES
 from edge.cli_options import count, texts, wanted
 from edge.encoder import Encoder
 from edge.errors import EdgeError, EdgeWarning, InputError
+from edge.files import replaced
 from edge.router import STRATEGIES, Decision, Router
 from edge.session import MAX_THREADS
 
@@ -342,27 +343,13 @@ def _route(options: argparse.Namespace) -> int:
         decision = router.route(task)
         milliseconds = (time.perf_counter() - started) * 1000
         print(
-            _route_json(task, decision, milliseconds) if options.json else _route_line(decision, milliseconds),
+            json.dumps({"task": task} | decision.document() | {"ms": round(milliseconds, 3)})
+            if options.json
+            else _route_line(decision, milliseconds),
             flush=True,
         )
     single = len(options.text) == 1 and options.text != ["-"]
     return ABSTAINED if single and decision is not None and decision.agent is None else 0
-
-
-def _route_json(task: str, decision: Decision, milliseconds: float) -> str:
-    return json.dumps(
-        {
-            "task": task,
-            "agent": decision.agent,
-            "method": decision.method,
-            "confidence": decision.confidence,
-            "margin": decision.margin,
-            "matched": decision.matched,
-            "ranking": [ranked._asdict() for ranked in decision.ranking],
-            "truncated": decision.truncated,
-            "ms": round(milliseconds, 3),
-        }
-    )
 
 
 def _route_line(decision: Decision, milliseconds: float) -> str:
@@ -401,14 +388,8 @@ def _embed(options: argparse.Namespace) -> int:
             with path.open("wb") as stream:
                 np.save(stream, vectors)
             return 0
-        # Written beside its final place and renamed, so that no half file is ever seen.
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as stream:
-                np.save(stream, vectors)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replaced(path) as partial, partial.open("wb") as stream:
+            np.save(stream, vectors)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be written ({error}). Choose another path for --output.") from None
     return 0

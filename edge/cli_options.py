@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edge.encoder import clean
+from edge.bundle import Bundle
+from edge.encoder import Encoder, clean
 from edge.errors import InputError
 from edge.providers import Provider
+from edge.router import STRATEGIES, Router
+
+if TYPE_CHECKING:
+    from edge.memory import MemoryStore
 
 
 def texts(arguments: Sequence[str]) -> Iterator[str]:
@@ -34,6 +39,32 @@ def wanted(options: argparse.Namespace) -> dict[str, Any]:
         "strict": options.strict,
         "use": options.use,
     }
+
+
+class Parts(NamedTuple):
+    """What a server is made of."""
+
+    bundle: Bundle
+    router: Router
+    encoder: Encoder
+    store: MemoryStore | None
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """Give a server's verb ``--strategy`` and ``--memory``; ``--bundle`` and the like it shares with other verbs."""
+    parser.add_argument("--strategy", choices=STRATEGIES, default="hybrid", help="how to decide (default: hybrid)")
+    parser.add_argument("--memory", metavar="DIR", help="folder of a store; without it, nothing is remembered")
+
+
+def load_parts(options: argparse.Namespace) -> Parts:
+    """Load what a server's options say; its store has to be closed."""
+    from edge.memory import MemoryStore
+
+    bundle = Bundle.open(options.bundle)
+    router = Router.load(bundle, agents=options.agents, strategy=options.strategy, **wanted(options))
+    encoder = Encoder.load(bundle, **wanted(options)) if router.encoder is None else router.encoder
+    store = None if options.memory is None else MemoryStore(options.memory, encoder=encoder)
+    return Parts(bundle, router, encoder, store)
 
 
 def count(text: str) -> int:

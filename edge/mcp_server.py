@@ -8,11 +8,8 @@ import sys
 from functools import partial
 
 from edge.address import add_address, listen, required_token, shown
-from edge.bundle import Bundle
-from edge.cli_options import wanted
-from edge.encoder import Encoder
+from edge.cli_options import add_parts, load_parts
 from edge.errors import InputError, MissingExtra
-from edge.router import STRATEGIES, Router
 
 
 def fill(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +18,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
         "Serve tools to language models by the Model Context Protocol: route tasks to agents, embed texts, remember "
         "and find texts, find capabilities. docs/mcp.md says how to add it to Claude Code and other clients."
     )
-    parser.add_argument("--strategy", choices=STRATEGIES, default="hybrid", help="how to decide (default: hybrid)")
-    parser.add_argument("--memory", metavar="DIR", help="folder of a store; without it, there are no tools for memory")
+    add_parts(parser)
     parser.add_argument(
         "--transport",
         choices=("stdio", "http"),
@@ -54,15 +50,11 @@ def _serve(options: argparse.Namespace) -> int:
     except ImportError:
         raise MissingExtra("ruvltra mcp", "mcp") from None
     from edge.capabilities import Capabilities
-    from edge.memory import MemoryStore
 
     # All of it before the first message: it takes a tenth of the start, and what is wrong is said at once.
-    bundle = Bundle.open(options.bundle)
-    router = Router.load(bundle, agents=options.agents, strategy=options.strategy, **wanted(options))
-    encoder = Encoder.load(bundle, **wanted(options)) if router.encoder is None else router.encoder
-    catalogue = None if bundle.catalogue is None else Capabilities.load(bundle, encoder=encoder)
-    store = None if options.memory is None else MemoryStore(options.memory, encoder=encoder)
+    bundle, router, encoder, store = load_parts(options)
     try:
+        catalogue = None if bundle.catalogue is None else Capabilities.load(bundle, encoder=encoder)
         server = build(Tools(router, encoder, catalogue, store))
         if http:
             with listen(options.host, options.port) as listening:

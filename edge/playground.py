@@ -22,8 +22,13 @@ from edge.errors import InputError, ProviderUnavailable
 WEB = Path(__file__).with_name("web")
 _SCRIPTS = ("browser.js", "bundle.js", "casefold.js", "encoder.js", "errors.js", "keywords.js", "router.js", "text.js")
 _PAGE = ("index.html", "style.css", "page.js", "map.js", "editor.js", "icon.svg", *_SCRIPTS)
-_VENDORED = ("NOTICE.txt", "ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
-_VENDOR = tuple(f"vendor/{name}" for name in (*_VENDORED, "tokenizers.min.mjs"))
+_VENDOR = (
+    "vendor/NOTICE.txt",
+    "vendor/ort.wasm.min.mjs",
+    "vendor/ort-wasm-simd-threaded.mjs",
+    "vendor/ort-wasm-simd-threaded.wasm",
+    "vendor/tokenizers.min.mjs",
+)
 # WebGPU's part is as large as all the rest, and not in the wheel.
 _WEBGPU = (
     "vendor/ort.webgpu.min.mjs",

@@ -12,8 +12,7 @@ import hashlib
 import io
 import itertools
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from edge.agents import Agent
 from edge.device import cache_folder, cpu_features
 from edge.encoder import Encoder
+from edge.files import replaced
 
 _MOST = 4096  # agents that are kept, unless a single router has more
 _FILES = 8  # encoders of which some are kept: after an update of the bundle or of ONNX Runtime there is one more
@@ -97,18 +97,7 @@ def _keep(path: Path, rows: dict[bytes, NDArray[np.float32]]) -> None:
     np.save(stream, table, allow_pickle=False)
     data = stream.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _partial(path) as partial:
+    with replaced(path) as partial:
         partial.write_bytes(hashlib.sha256(data).digest() + data)
-        partial.replace(path)
     for old in sorted(path.parent.iterdir(), key=lambda other: other.stat().st_mtime, reverse=True)[_FILES:]:
         old.unlink()
-
-
-@contextlib.contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.partial")
-    try:
-        yield partial
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,18 @@ class Decision:
     matched: tuple[str, ...]
     ranking: tuple[Ranked, ...]
     truncated: bool = False
+
+    def document(self, most: int | None = None) -> dict[str, Any]:
+        """For JSON; with the whole ranking, or the first ``most`` of it."""
+        return {
+            "agent": self.agent,
+            "method": self.method,
+            "confidence": self.confidence,
+            "margin": self.margin,
+            "matched": self.matched,
+            "ranking": [ranked._asdict() for ranked in self.ranking[:most]],
+            "truncated": self.truncated,
+        }
 
 
 class Signals(NamedTuple):
@@ -192,7 +204,8 @@ class Router:
         Args:
             bundle: Folder, zip file or opened bundle; None for the one that comes with the package.
             agents: Agents of your own instead of the bundle's: a TOML or JSON file, a folder of
-                Markdown agent files, or a list. No training is needed.
+                Markdown agent files, or a list. No training is needed; their prototypes are kept in the user's cache
+                folder (:func:`edge.prototypes.prototypes`).
             strategy: ``hybrid``, ``embedding``, ``keyword`` or ``keyword-first``; or ``generate``, for a bundle of a
                 causal language model: by the likelihood of each agent's name behind the task. It runs on the CPU.
             variant: Id of the bundle's variant to run; None for what suits the device.

@@ -7,7 +7,6 @@ was there, it has none. So taking the entry out takes what was made for it, and 
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edge.errors import InputError
+from edge.files import replaced
 
 EVENT = "UserPromptSubmit"
 VERB = "hook user-prompt-submit"
@@ -302,18 +302,12 @@ class Edit(NamedTuple):
                 self.path.unlink()
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-            try:
-                with partial.open("wb") as stream:
-                    if self.before is not None:  # before there is anything to read: settings may hold keys
-                        partial.chmod(stat.S_IMODE(self.path.stat().st_mode))
-                    stream.write(self.after.encode())
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                partial.replace(self.path)
-            finally:
-                with contextlib.suppress(OSError):
-                    partial.unlink()
+            with replaced(self.path) as partial, partial.open("wb") as stream:
+                if self.before is not None:  # before there is anything to read: settings may hold keys
+                    partial.chmod(stat.S_IMODE(self.path.stat().st_mode))
+                stream.write(self.after.encode())
+                stream.flush()
+                os.fsync(stream.fileno())
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error}). Check the permissions.") from None
 

@@ -7,11 +7,8 @@ import sys
 from dataclasses import dataclass
 
 from edge.address import add_address, listen, required_token, shown
-from edge.bundle import Bundle
-from edge.cli_options import count, wanted
-from edge.encoder import Encoder
+from edge.cli_options import add_parts, count, load_parts
 from edge.errors import MissingExtra
-from edge.router import STRATEGIES, Router
 
 
 @dataclass(frozen=True)
@@ -24,11 +21,11 @@ class Limits:
         characters: Of a text.
         requests: That are worked on or wait; more are answered by 503.
         connections: That are open; more are answered by 503 and closed.
-        head: Seconds for a request's head to come in.
-        seconds: For its body.
-        grace: Between the signal to end and the end of listening.
+        head_seconds: For a request's head to come in.
+        body_seconds: For its body, and for some of the answer to be read.
+        grace_seconds: Between the signal to end and the end of listening.
         batch: Texts that are run together.
-        wait: Seconds that a text waits for company.
+        wait_seconds: That a text waits for company.
     """
 
     body: int = 8 * 1024 * 1024
@@ -36,11 +33,11 @@ class Limits:
     characters: int = 100_000
     requests: int = 256
     connections: int = 1024
-    head: float = 10.0
-    seconds: float = 30.0
-    grace: float = 0.5
+    head_seconds: float = 10.0
+    body_seconds: float = 30.0
+    grace_seconds: float = 0.5
     batch: int = 64
-    wait: float = 0.0
+    wait_seconds: float = 0.0
 
 
 def fill(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +47,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
         "Serve a bundle over HTTP: embeddings as OpenAI's API has them, routing, memory, metrics; docs at /docs. "
         "This machine alone can reach it, unless another --host and a token are given."
     )
-    parser.add_argument("--strategy", choices=STRATEGIES, default="hybrid", help="how to decide (default: hybrid)")
-    parser.add_argument("--memory", metavar="DIR", help="folder of a store; without it, there is no /v1/memory")
+    add_parts(parser)
     add_address(parser, 8080)
     for name, value, what in (
         ("max-body", usual.body, "bytes of a request"),
@@ -63,10 +59,10 @@ def fill(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=count, default=value, metavar="N", help=f"{what} (default: {value})")
     for name, seconds, what in (
-        ("head-timeout", usual.head, "for a request's head to come in"),
-        ("body-timeout", usual.seconds, "for its body"),
-        ("grace", usual.grace, "between SIGTERM and the end of listening"),
-        ("max-wait", usual.wait, "that a text waits for company"),
+        ("head-timeout", usual.head_seconds, "for a request's head to come in"),
+        ("body-timeout", usual.body_seconds, "for its body"),
+        ("grace", usual.grace_seconds, "between SIGTERM and the end of listening"),
+        ("max-wait", usual.wait_seconds, "that a text waits for company"),
     ):
         parser.add_argument(
             f"--{name}", type=_seconds, default=seconds, metavar="S", help=f"seconds {what} (default: {seconds:g})"
@@ -92,7 +88,6 @@ def _run(options: argparse.Namespace) -> int:
         from edge.serve.connection import run
     except ImportError:
         raise MissingExtra("ruvltra serve", "serve") from None
-    from edge.memory import MemoryStore
 
     limits = Limits(
         body=options.max_body,
@@ -100,16 +95,13 @@ def _run(options: argparse.Namespace) -> int:
         characters=options.max_characters,
         requests=options.max_requests,
         connections=options.max_connections,
-        head=options.head_timeout,
-        seconds=options.body_timeout,
-        grace=options.grace,
+        head_seconds=options.head_timeout,
+        body_seconds=options.body_timeout,
+        grace_seconds=options.grace,
         batch=options.max_batch,
-        wait=options.max_wait,
+        wait_seconds=options.max_wait,
     )
-    bundle = Bundle.open(options.bundle)
-    router = Router.load(bundle, agents=options.agents, strategy=options.strategy, **wanted(options))
-    encoder = Encoder.load(bundle, **wanted(options)) if router.encoder is None else router.encoder
-    store = None if options.memory is None else MemoryStore(options.memory, encoder=encoder)
+    bundle, router, encoder, store = load_parts(options)
     try:
         with listen(options.host, options.port) as listening:
             app = App(bundle, router, encoder, store, token, options.host, limits, log=not options.no_log)

@@ -30,7 +30,7 @@ from edge.bundle import Bundle
 from edge.encoder import Encoder
 from edge.errors import EdgeError, InputError
 from edge.memory import Match, MemoryStore, Record
-from edge.router import Decision, Router
+from edge.router import Router
 from edge.serve import Limits
 from edge.serve.batching import Batcher
 from edge.serve.bodies import Add, Embeddings, Name, Route, Search
@@ -115,7 +115,7 @@ class App:
         self._began = int(time.time())
         self._models = (bundle.name, f"{bundle.name}-{bundle.version}", bundle.id)
         self._meters = Meters(lambda: self._batcher.waiting)
-        self._batcher = Batcher(encoder, limits.batch, limits.wait, self._meters.batch.observe)
+        self._batcher = Batcher(encoder, limits.batch, limits.wait_seconds, self._meters.batch.observe)
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="ruvltra-memory")
         self._at_work = 0
         self._endpoints = self._listed()
@@ -135,8 +135,7 @@ class App:
                      {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [0.1]}],
                       "model": "ruvltra-mini", "usage": {"prompt_tokens": 7, "total_tokens": 7}}),
             Endpoint("POST", "/v1/route", "Decide which agent takes each task.", self._route, Route,
-                     {"object": "list", "data": [decision], "model": "ruvltra-mini",
-                      "usage": {"prompt_tokens": 0, "total_tokens": 0}}),
+                     {"object": "list", "data": [decision], "model": "ruvltra-mini"}),
             Endpoint("POST", "/v1/memory/add", "Remember texts.", self._add, Add, {"ids": ["a1"]}),
             Endpoint("POST", "/v1/memory/search", "Find them.", self._search, Search,
                      {"matches": [{"record": record, "score": 0.6, "cosine": 0.6, "words": 0.5}]}),
@@ -182,14 +181,14 @@ class App:
                     raise
                 problem = self._problem(error)
                 if more and problem.status != 408:  # which has waited already
-                    await self._let_go(scope, take)
+                    await self._drain(scope, take)
                 await _json(error_document(problem), problem.status, _headers(problem))(scope, take, answer)
         finally:
             self._at_work -= 1
             seconds = time.perf_counter() - started
             self._meters.count(path, status or _GONE, seconds, scope["state"]["texts"])
             if self._log and path not in _QUIET:
-                self._line(name, scope, path, status or _GONE, seconds)
+                self._log_line(name, scope, path, status or _GONE, seconds)
 
     def _endpoint(self, scope: Scope) -> Endpoint:
         found = self._paths.get(scope["path"])
@@ -199,7 +198,7 @@ class App:
             raise Problem(405, f"this path takes {found.method} alone. Look at /docs.")
         return found
 
-    def _line(self, name: str, scope: Scope, path: str, status: int, seconds: float) -> None:
+    def _log_line(self, name: str, scope: Scope, path: str, status: int, seconds: float) -> None:
         line = {
             "time": round(time.time(), 3),
             "id": name,
@@ -261,7 +260,7 @@ class App:
 
     async def _read(self, request: Request) -> bytes:
         """A body."""
-        most, seconds = self._limits.body, self._limits.seconds
+        most, seconds = self._limits.body, self._limits.body_seconds
         parts, size = [], 0
         try:
             async with asyncio.timeout(seconds):
@@ -276,7 +275,7 @@ class App:
             raise Problem(408, f"the body did not come in within {seconds:g} seconds. Send it at once.") from None
         return b"".join(parts)
 
-    async def _let_go(self, scope: Scope, receive: Receive) -> None:
+    async def _drain(self, scope: Scope, receive: Receive) -> None:
         """Let the rest of a body come in, and forget it: a client that is still sending would not read the answer."""
         headers = dict(scope["headers"])
         most = _PATIENCE * self._limits.body
@@ -284,7 +283,7 @@ class App:
             return  # it has not begun to send, or would take too long
         size, more = 0, True
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.seconds):
+            async with asyncio.timeout(self._limits.body_seconds):
                 while more and size <= most:
                     message = await receive()
                     size += len(message.get("body", b""))
@@ -307,30 +306,30 @@ class App:
         request.scope["state"]["texts"] = len(texts)
         return texts
 
-    def _named(self, model: str | None) -> None:
+    def _check_model(self, model: str | None) -> None:
         if model is not None and model not in self._models:
             raise Problem(
                 404, f"there is no model {model[:100]!r} here. Use {self._bundle.name!r}.", "model", "model_not_found"
             )
 
-    async def _together(self, request: Request, function: Callable[[str], T], texts: Sequence[str]) -> list[T]:
+    async def _batched(self, request: Request, function: Callable[[str], T], texts: Sequence[str]) -> list[T]:
         """Run a function on texts, with those of other requests; not to the end if the client leaves."""
         if len(texts) <= _FEW:
             return await self._batcher.each(function, texts)
         work = asyncio.ensure_future(self._batcher.each(function, texts))
-        left = asyncio.ensure_future(_left(request))
+        gone = asyncio.ensure_future(_disconnected(request))
         try:
-            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 raise ClientDisconnect
             return work.result()
         finally:
             work.cancel()
-            left.cancel()
+            gone.cancel()
 
     async def _embed(self, request: Request) -> Response:
         body = await self._body(request, Embeddings)
-        self._named(body.model)
+        self._check_model(body.model)
         texts = self._texts(request, body.input, "input")
         if body.dimensions not in (None, self._encoder.dim):
             raise Problem(
@@ -339,11 +338,11 @@ class App:
                 "dimensions out.",
                 "dimensions",
             )
-        found = await self._together(request, self._vector, texts)
+        found = await self._batched(request, self._vector, texts)
         tokens = sum(count for _, count in found)
-        packed = body.encoding_format == "base64"
+        written = _base64 if body.encoding_format == "base64" else _floats
         data = [
-            {"object": "embedding", "index": place, "embedding": _base64(vector) if packed else vector.tolist()}
+            {"object": "embedding", "index": place, "embedding": written(vector)}
             for place, (vector, _) in enumerate(found)
         ]
         return _json(self._list_of(data, tokens))
@@ -354,15 +353,17 @@ class App:
 
     async def _route(self, request: Request) -> Response:
         body = await self._body(request, Route)
-        self._named(body.model)
+        self._check_model(body.model)
         texts = self._texts(request, body.input, "input")
         strategy = body.strategy or self._router.strategy
         if self._router.strategy == "generate" != strategy:
             raise Problem(400, "this server decides by a language model alone. Leave strategy out.", "strategy")
-        decided = await self._together(
+        decided = await self._batched(
             request, lambda task: self._router.decide(self._router.signals(task), strategy), texts
         )
-        return _json(self._list_of([_decision(place, one, body.top) for place, one in enumerate(decided)], None))
+        return _json(
+            self._list_of([{"index": place} | one.document(body.top) for place, one in enumerate(decided)], None)
+        )
 
     def _list_of(self, data: list[dict[str, Any]], tokens: int | None) -> dict[str, Any]:
         found: dict[str, Any] = {"object": "list", "data": data, "model": self._bundle.name}
@@ -483,7 +484,7 @@ class Meters:
             self._texts.inc(texts)
 
 
-async def _left(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -511,17 +512,9 @@ def _base64(vector: NDArray[np.float32]) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-def _decision(place: int, decision: Decision, top: int) -> dict[str, Any]:
-    return {
-        "index": place,
-        "agent": decision.agent,
-        "method": decision.method,
-        "confidence": decision.confidence,
-        "margin": decision.margin,
-        "matched": decision.matched,
-        "ranking": [ranked._asdict() for ranked in decision.ranking[:top]],
-        "truncated": decision.truncated,
-    }
+def _floats(vector: NDArray[np.float32]) -> list[float]:
+    values: list[float] = vector.tolist()
+    return values
 
 
 def _match(match: Match) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Batcher:
         self._wait = wait
         self._told = told
         self._jobs: deque[_Job] = deque()
-        self._runs = False
+        self._task: asyncio.Task[None] | None = None  # runs while there are jobs
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ruvltra-batch")
 
     async def each(self, function: Callable[[str], T], texts: Sequence[str]) -> list[T]:
@@ -73,33 +73,28 @@ class Batcher:
         job = _Job(function, texts, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
         self.waiting += len(texts)
-        if not self._runs:
-            self._runs = True
-            task = asyncio.create_task(self._run())
-            task.add_done_callback(lambda done: done.exception())  # it has none: errors belong to jobs
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
         return cast("list[T]", await job.future)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        try:
-            while self._jobs:
-                if self._wait and self.waiting < self._most:
-                    await asyncio.sleep(self._wait)
-                batch = self._next()
-                if not batch:
+        while self._jobs:
+            if self._wait and self.waiting < self._most:
+                await asyncio.sleep(self._wait)
+            batch = self._next()
+            if not batch:
+                continue
+            self._told(len(batch))
+            errors = await loop.run_in_executor(self._thread, self._do, batch)
+            for (job, _), error in zip(batch, errors, strict=True):
+                job.left -= 1
+                if job.future.done():
                     continue
-                self._told(len(batch))
-                errors = await loop.run_in_executor(self._thread, self._do, batch)
-                for (job, _), error in zip(batch, errors, strict=True):
-                    job.left -= 1
-                    if job.future.done():
-                        continue
-                    if error is not None:
-                        job.future.set_exception(error)
-                    elif not job.left:
-                        job.future.set_result(job.results)
-        finally:
-            self._runs = False
+                if error is not None:
+                    job.future.set_exception(error)
+                elif not job.left:
+                    job.future.set_result(job.results)
 
     def _next(self) -> list[tuple[_Job, int]]:
         """The next batch: from each request in turn some texts."""

@@ -25,8 +25,8 @@ def run(app: App, listening: socket.socket, limits: Limits) -> None:
     """Serve until SIGTERM or SIGINT; requests that were accepted are answered."""
 
     class Protocol(_Connection):
-        seconds = limits.head
-        patience = limits.seconds
+        head_seconds = limits.head_seconds
+        answer_seconds = limits.body_seconds
         most = limits.connections
 
     config = uvicorn.Config(
@@ -39,7 +39,7 @@ def run(app: App, listening: socket.socket, limits: Limits) -> None:
         server_header=False,
         timeout_graceful_shutdown=int(_END),
     )
-    _Server(config, app, limits.grace, listening).run(sockets=[listening.dup()])
+    _Server(config, app, limits.grace_seconds, listening).run(sockets=[listening.dup()])
 
 
 class _Server(uvicorn.Server):
@@ -97,11 +97,11 @@ class _Server(uvicorn.Server):
 class _Connection(HttpToolsProtocol):
     """Refuses a connection too many, and closes one whose request does not come in or whose answer is not read."""
 
-    seconds: float
-    patience: float
-    most: int
-    _deadline: asyncio.TimerHandle | None = None
-    _unread: asyncio.TimerHandle | None = None
+    head_seconds: float  # for a head to come in
+    answer_seconds: float  # for some of an answer to be read
+    most: int  # connections
+    _head_timer: asyncio.TimerHandle | None = None
+    _answer_timer: asyncio.TimerHandle | None = None
     _head = 0  # bytes of a head that is not complete
     _refused = False
 
@@ -111,72 +111,72 @@ class _Connection(HttpToolsProtocol):
         if len(self.connections) > self.most:
             self._refuse(503, "there are too many connections. Come again later.")
             return
-        self._expect()
+        self._time_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._forget()
-        self._taken()
+        self._stop_timing_head()
+        self._stop_timing_answer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        head = self._deadline
+        head = self._head_timer
         super().data_received(data)
-        self._head = self._head + len(data) if head is not None and head is self._deadline else 0
+        self._head = self._head + len(data) if head is not None and head is self._head_timer else 0
         if self._head > _HEAD:
-            self._forget()
+            self._stop_timing_head()
             self._refuse(431, f"the head of the request has more than {_HEAD} bytes. Send fewer headers.")
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._offer(self.transport.get_write_buffer_size())
+        self._time_answer(self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
-        self._taken()
+        self._stop_timing_answer()
         super().resume_writing()
 
-    def _offer(self, size: int) -> None:
+    def _time_answer(self, size: int) -> None:
         """Give the client time to take some of what is written, and again if it does."""
-        self._taken()
-        self._unread = self.loop.call_later(self.patience, self._look, size)
+        self._stop_timing_answer()
+        self._answer_timer = self.loop.call_later(self.answer_seconds, self._answer_is_unread, size)
 
-    def _look(self, size: int) -> None:
+    def _answer_is_unread(self, size: int) -> None:
         left = self.transport.get_write_buffer_size()
         if left < size:
-            self._offer(left)
+            self._time_answer(left)
         else:
             self.transport.abort()
 
-    def _taken(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
+    def _stop_timing_answer(self) -> None:
+        if self._answer_timer is not None:
+            self._answer_timer.cancel()
+            self._answer_timer = None
 
     def on_message_begin(self) -> None:
-        if self._deadline is None:
-            self._expect()
+        if self._head_timer is None:
+            self._time_head()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._forget()
+        self._stop_timing_head()
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 (uvicorn's signature)
-        self._forget()
+        self._stop_timing_head()
         self._refuse(400, "this is no HTTP request. Look at /docs.")
 
-    def _expect(self) -> None:
-        self._deadline = self.loop.call_later(self.seconds, self._late)
+    def _time_head(self) -> None:
+        self._head_timer = self.loop.call_later(self.head_seconds, self._head_is_late)
 
-    def _forget(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _stop_timing_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-    def _late(self) -> None:
-        self._deadline = None
-        self._refuse(408, f"no request came within {self.seconds:g} seconds. Send it at once.")
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        self._refuse(408, f"no request came within {self.head_seconds:g} seconds. Send it at once.")
 
     def _refuse(self, status: int, message: str) -> None:
         if self.transport.is_closing() or self._refused:

@@ -78,9 +78,8 @@ function show(task, decision, signals, milliseconds) {
   $("error").hidden = true;
   $("agent").textContent = decision.agent ?? "nobody";
   $("agent").classList.toggle("nobody", decision.agent === null);
-  const reasons = [`${(100 * decision.confidence).toFixed(0)} % confident`, `by ${decision.method}`];
-  if (decision.agent === null) reasons.splice(0, 1, `abstains; nearest is ${first.id}, ${(100 * first.score).toFixed(0)} %`);
-  if (decision.agent === null) reasons.splice(1, 1);
+  const sure = `${(100 * first.score).toFixed(0)} %`;
+  const reasons = decision.agent === null ? [`abstains; nearest is ${first.id}, ${sure}`] : [`${sure} confident`, `by ${decision.method}`];
   if (decision.matched.length) reasons.push(`keywords: ${decision.matched.join(", ")}`);
   if (decision.truncated) reasons.push("only the beginning was read");
   reasons.push(`${milliseconds.toFixed(1)} ms`);
