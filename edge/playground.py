@@ -105,7 +105,7 @@ def site(bundle: Bundle) -> dict[str, Callable[[], bytes]]:
     if missing:
         raise InputError(
             f"{WEB / missing[0]}: the page's JavaScript packages are not here. Run, in a checkout: "
-            "cd edge/web && npm ci --ignore-scripts && npm run build"
+            "cd edge/web && npm ci --ignore-scripts && npm run build; then install it again, unless with -e."
         )
     variants = [variant for variant in bundle.variants if variant.runtime == "onnx"]
     if not variants:
